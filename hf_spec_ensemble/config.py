@@ -1,0 +1,256 @@
+"""EnsembleConfig: how members are combined, who proposes, how tokens are drawn. Plain data, checked once, early."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+CONFIG_NAME = "ensemble_config.json"
+
+COMBINE_ON = ("probs", "logits", "raw_logits")
+COUPLINGS = ("maximal", "gumbel")
+DEFAULT_COMBINE_ON = {"weighted": "probs", "product": "raw_logits", "contrastive": "raw_logits"}
+METHODS = tuple(DEFAULT_COMBINE_ON)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@dataclass
+class EnsembleConfig:
+    r"""
+    What `model.generate(..., assistant_model=..., ensemble_config=EnsembleConfig(...))` decodes, and how.
+
+    With members `[model, *assistant_models]`, `l_i` member i's logits `[..., V]` and `process` the logits processors of
+    the call (penalties, temperature, top-k, ...), the ensemble's distribution r is
+
+    | `method`        | r                                                                          | default `combine_on` |
+    |-----------------|----------------------------------------------------------------------------|----------------------|
+    | `"weighted"`    | sum_i w_i softmax(process(l_i)): the mixture                               | `"probs"`            |
+    | `"product"`     | softmax(process(sum_i w_i l_i)): a geometric mean; with weights of any     | `"raw_logits"`       |
+    |                 | sign also proxy tuning and DExperts, as `[1.0, 1.0, -1.0]`                 |                      |
+    | `"contrastive"` | softmax(process(l_model - contrast * l_assistant))                         | `"raw_logits"`       |
+    | a callable      | of the members' stacked tensors                                            | `"raw_logits"`       |
+
+    Args:
+        method (`str` or `Callable`, defaults to `"weighted"`):
+            One of the above. A callable gets a tensor `[N, ..., V]` and returns `[..., V]`: of probabilities, returning
+            non-negative ones that need not sum to one, with `combine_on="probs"`; of logits, returning logits, else.
+            It must treat every position alike and must not change its argument. A callable is not serialisable.
+        weights (`Sequence[float]`, *optional*):
+            One for each member, in the order `[model, *assistant_models]`. For `"weighted"` non-negative, normalised to
+            a sum of one (with a warning if that changes them); for `"product"` of any sign, used as they are. Defaults
+            to 1/N each.
+        contrast (`float`, defaults to 0.1):
+            mu >= 0 of contrastive decoding: `model` is the expert, the assistant the amateur.
+        plausibility (`float`, defaults to 0.0):
+            alpha in [0, 1] of contrastive decoding: tokens with less than alpha times the probability of the expert's
+            most probable token are excluded. 0 excludes nothing.
+        combine_on (`str`, *optional*):
+            What is combined: `"probs"`, each member's processed probabilities; `"logits"`, each member's processed
+            logits; `"raw_logits"`, the raw logits, so that the processors see the combination only.
+        num_assistant_tokens (`int` or `Sequence[int]`, *optional*):
+            Proposal lengths, >= 1: one for each member, or an int for the smallest member while the others propose 1.
+            Defaults to 5 if the smallest member has less than half the parameters of the largest, and to 1 if not.
+        alternate (`bool`, defaults to `True`):
+            Whether members alternate as proposer and verifier. `False`: the smallest member always proposes, which is
+            plain speculative decoding against r.
+        coupling (`str`, defaults to `"maximal"`):
+            How sampled proposals are judged (both exact; greedy decoding needs neither). `"maximal"`: accepted with
+            probability min(1, r/q), otherwise replaced from the residual; the highest acceptance there is. `"gumbel"`:
+            proposal and verification share Gumbel noise that depends on the seed and the position alone, so that a
+            seed's text is the standard ensemble's, whatever the proposals; acceptance is a little lower.
+        speculative (`bool`, defaults to `True`):
+            `False` decodes the standard ensemble: every member, token by token.
+
+    Raises:
+        `ValueError` or `TypeError`: naming the field, its value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from hf_spec_ensemble import EnsembleConfig
+
+    >>> config = EnsembleConfig(method="weighted", weights=[0.7, 0.3])
+    >>> config.combine_on
+    'probs'
+    >>> EnsembleConfig.from_dict(config.to_dict()) == config
+    True
+    ```
+    """
+
+    method: str | Callable[[torch.Tensor], torch.Tensor] = "weighted"
+    weights: Sequence[float] | None = None
+    contrast: float = 0.1
+    plausibility: float = 0.0
+    combine_on: str | None = None
+    num_assistant_tokens: int | Sequence[int] | None = None
+    alternate: bool = True
+    coupling: str = "maximal"
+    speculative: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.method) and self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {METHODS} or a callable, but is {self.method!r}.")
+        if self.combine_on is None:
+            self.combine_on = DEFAULT_COMBINE_ON.get(self.method, "raw_logits")
+        if self.combine_on not in COMBINE_ON:
+            raise ValueError(f"`combine_on` must be one of {COMBINE_ON}, but is {self.combine_on!r}.")
+        if self.coupling not in COUPLINGS:
+            raise ValueError(f"`coupling` must be one of {COUPLINGS}, but is {self.coupling!r}.")
+        for name in ("alternate", "speculative"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
+        if not _is_number(self.contrast) or self.contrast < 0:
+            raise ValueError(f"`contrast` must be a finite number >= 0, but is {self.contrast!r}.")
+        if not _is_number(self.plausibility) or not 0 <= self.plausibility <= 1:
+            raise ValueError(f"`plausibility` must be a number in [0, 1], but is {self.plausibility!r}.")
+        self._check_weights()
+        self._check_lengths()
+
+    def _check_weights(self) -> None:
+        if self.weights is None:
+            return
+        if isinstance(self.weights, str) or not isinstance(self.weights, (Sequence, torch.Tensor)):
+            raise TypeError(f"`weights` must be a list of numbers, one for each member, but is {self.weights!r}.")
+        self.weights = self.weights.tolist() if isinstance(self.weights, torch.Tensor) else list(self.weights)
+        if not self.weights or not all(_is_number(weight) for weight in self.weights):
+            raise ValueError(f"`weights` must be finite numbers, one for each member, but are {self.weights}.")
+        if self.method == "contrastive" or callable(self.method):
+            name = self.method if isinstance(self.method, str) else "a callable"
+            raise ValueError(
+                f"`weights` ({self.weights}) are not used by method {name}: leave them out"
+                f"{', and set `contrast`' if name == 'contrastive' else ', and weigh inside the callable'}."
+            )
+        if self.method == "product" and max(self.weights) <= 0:
+            raise ValueError(f"`weights` of method 'product' need a positive one, but are {self.weights}.")
+        if self.method == "weighted":
+            if min(self.weights) < 0 or sum(self.weights) <= 0:
+                raise ValueError(
+                    f"`weights` of method 'weighted' must be >= 0 with a sum > 0, but are {self.weights}. "
+                    "For weights of any sign use method 'product'."
+                )
+            total = math.fsum(self.weights)
+            if abs(total - 1) > 1e-6:
+                self.weights = [weight / total for weight in self.weights]
+                warnings.warn(f"`weights` sum to {total:g}, not to 1: normalised to {self.weights}.", stacklevel=4)
+
+    def _check_lengths(self) -> None:
+        lengths = self.num_assistant_tokens
+        if lengths is None or _is_length(lengths):
+            return
+        if isinstance(lengths, (list, tuple)) and lengths and all(_is_length(length) for length in lengths):
+            self.num_assistant_tokens = list(lengths)
+            return
+        raise ValueError(
+            "`num_assistant_tokens` must be an int >= 1 (for the smallest member; the others propose 1) or a list of "
+            f"ints >= 1, one for each member, but is {lengths!r}."
+        )
+
+    def for_members(self, sizes: Sequence[int]) -> "EnsembleConfig":
+        """
+        This config with everything that depends on the members filled in and checked.
+
+        Args:
+            sizes (`Sequence[int]`): Numbers of parameters, one for each of the N >= 2 members.
+
+        Returns:
+            `EnsembleConfig`: `weights` and `num_assistant_tokens` have N entries.
+
+        Raises:
+            `ValueError`: if N does not suit the method, the weights or the proposal lengths.
+
+        Example:
+
+        ```python
+        >>> from hf_spec_ensemble import EnsembleConfig
+
+        >>> EnsembleConfig().for_members([7_000, 1_000]).num_assistant_tokens
+        [1, 5]
+        ```
+        """
+        n = len(sizes)
+        if n < 2:
+            raise ValueError(f"An ensemble needs at least two members, but has {n}: pass `assistant_model`.")
+        if self.method == "contrastive" and n != 2:
+            raise ValueError(
+                f"Method 'contrastive' takes two members (model - contrast * assistant), but got {n}. For more, use "
+                "method 'product' with `weights` of any sign."
+            )
+        weights = self.weights
+        if self.method in ("weighted", "product") and weights is None:
+            weights = [1 / n] * n
+        if weights is not None and len(weights) != n:
+            raise ValueError(
+                f"`weights` must have one entry for each member, {n} in the order [model, *assistant_models], but has "
+                f"{len(weights)}: {weights}."
+            )
+        lengths = self.num_assistant_tokens
+        if lengths is None:
+            lengths = 5 if min(sizes) < max(sizes) / 2 else 1
+        if isinstance(lengths, int):
+            smallest = min(range(n), key=sizes.__getitem__)
+            lengths = [lengths if i == smallest else 1 for i in range(n)]
+        if len(lengths) != n:
+            raise ValueError(
+                f"`num_assistant_tokens` must be an int or have one entry for each of the {n} members, but has "
+                f"{len(lengths)}: {lengths}."
+            )
+        return replace(self, weights=weights, num_assistant_tokens=lengths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The fields as JSON types.
+
+        Raises:
+            `ValueError`: if `method` is a callable.
+        """
+        if callable(self.method):
+            raise ValueError(
+                f"A config whose `method` is a callable ({self.method!r}) cannot be serialised: keep the function in "
+                f"code and pass it again, or use one of {METHODS}."
+            )
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "EnsembleConfig":
+        """
+        The inverse of `to_dict`.
+
+        Raises:
+            `ValueError`: naming the fields that are not known.
+        """
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"Unknown fields of an ensemble config: {unknown}. Known: {list(cls.__dataclass_fields__)}.")
+        return cls(**fields)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes `ensemble_config.json` to the folder, which is made if need be. Raises as `to_dict` does."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / CONFIG_NAME).write_text(text)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_path: str | Path) -> "EnsembleConfig":
+        """
+        Reads `ensemble_config.json` from a folder.
+
+        Raises:
+            `FileNotFoundError`: if the folder has none.
+        """
+        file = Path(pretrained_path) / CONFIG_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"No {CONFIG_NAME} in {str(pretrained_path)!r}: save one with `save_pretrained`.")
+        return cls.from_dict(json.loads(file.read_text()))

@@ -1,0 +1,251 @@
+"""The decoding methods, on the contract of `GenerationMixin._assisted_decoding`: the speculative ensemble's loop, and
+the standard ensemble through transformers' own loops."""
+
+import copy
+import time
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from .candidates import EnsembleCandidateGenerator, assistant_kwargs
+from .config import EnsembleConfig
+from .distribution import EnsembleDistribution
+from .drawing import Gumbel, drawing_rule
+from .logits_process import EnsembleLogitsProcessor
+from .member import Member, can_roll_back
+from .output import EnsembleDecoderOnlyOutput, EnsembleStats, Transcript
+from .processing import PositionwiseProcessor
+from .schedule import Schedule
+from .validate import STANDARD, check_call, check_members, shared_vocabulary
+
+
+@torch.no_grad()
+def ensemble_decoding(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    assistant_models: PreTrainedModel | list[PreTrainedModel] | None = None,
+    ensemble_config: EnsembleConfig | None = None,
+    **model_kwargs,
+) -> EnsembleDecoderOnlyOutput | torch.LongTensor:
+    r"""
+    Decodes an ensemble; a callable for `generate(custom_generate=...)`, and what `ensemble_config=` runs.
+
+    Args:
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
+            As `generate()` hands them to its decoding methods.
+        assistant_models (`PreTrainedModel` or `list[PreTrainedModel]`):
+            The other members.
+        ensemble_config (`EnsembleConfig`, *optional*):
+            Defaults to `EnsembleConfig()`.
+
+    Returns:
+        `torch.LongTensor` `[B, T]`, or with `return_dict_in_generate=True` an `EnsembleDecoderOnlyOutput` (from beam
+        search transformers' own output).
+
+    Raises:
+        `TypeError`, `ValueError`: before the first forward pass, for anything that does not fit together.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_spec_ensemble import EnsembleConfig, ensemble_decoding
+
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> one, two = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
+    >>> out = one.generate(
+    ...     torch.tensor([[3, 4, 5]]),
+    ...     custom_generate=ensemble_decoding,
+    ...     assistant_models=[two],
+    ...     ensemble_config=EnsembleConfig(),
+    ...     max_new_tokens=4,
+    ... )
+    >>> out.shape
+    torch.Size([1, 7])
+    ```
+    """
+    assistants = list(assistant_models) if isinstance(assistant_models, (list, tuple)) else [assistant_models]
+    if assistant_models is None:
+        raise ValueError("`ensemble_config` needs the other members: pass `assistant_model`, a model or a list of them.")
+    config = check_members([model, *assistants], ensemble_config or EnsembleConfig())
+    check_call(config, generation_config, logits_processor, model_kwargs)
+    decode = _speculative if config.speculative else _standard
+    return decode(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
+        config, model_kwargs,
+    )  # fmt: skip
+
+
+def _speculative(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants, config,
+    model_kwargs,
+):  # fmt: skip
+    if synced_gpus:
+        raise ValueError(f"`synced_gpus=True` is not supported by a speculative ensemble: use {STANDARD}.")
+    prepared = assistant_kwargs(assistants, input_ids, generation_config, model_kwargs)
+    members = [Member(m, kwargs, input_ids) for m, kwargs in zip([model, *assistants], [model_kwargs, *prepared])]
+    for member in members:
+        if not can_roll_back(member.cache):
+            layers = sorted({type(layer).__name__ for layer in member.cache.layers})
+            raise ValueError(
+                f"A speculative ensemble takes back rejected tokens, which the cache of a {type(member.model).__name__} "
+                f"cannot ({type(member.cache).__name__} with {layers}): use the default cache, or {STANDARD}."
+            )
+    pad = generation_config._pad_token_tensor
+    has_eos = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
+    output_dict = generation_config.return_dict_in_generate
+    output_scores = bool(output_dict and generation_config.output_scores)
+    output_logits = bool(output_dict and generation_config.output_logits)
+
+    process = PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad))
+    sizes = [member.model.num_parameters() for member in members]
+    candidates_of = EnsembleCandidateGenerator(
+        members,
+        input_ids,
+        EnsembleDistribution(config, process, shared_vocabulary([model, *assistants]), input_ids.device),
+        drawing_rule(generation_config.do_sample, config.coupling),
+        Schedule(tuple(config.num_assistant_tokens), sizes.index(min(sizes)), config.alternate),
+        generation_config,
+        model_kwargs,
+        max_length=stopping_criteria.max_length or generation_config.max_length,
+        stop_tokens=generation_config._eos_token_tensor if has_eos else None,
+        keep_logits=output_logits,
+    )
+    transcript = Transcript(input_ids, stopping_criteria, streamer, pad, output_scores, output_logits)
+    prompt_length = input_ids.shape[1]
+
+    start = time.perf_counter()
+    while transcript.unfinished.any():
+        # 1. Let members propose and score, until every member has scored some position
+        candidates = candidates_of.get_candidates()
+        # 2. Verify against the ensemble's distribution
+        position = candidates_of.verified - prompt_length
+        accepted, emitted = candidates_of.drawing.verify(
+            candidates.tokens, candidates.log_q, candidates.log_r, candidates.proposed, position
+        )
+        # 3. Keep what holds, roll back what was built on what does not
+        gained = candidates_of.update_candidate_strategy(emitted, candidates, accepted)
+        # 4. Pass on the tokens that all rows have by now; find out which rows go on
+        transcript.add(gained, scores=candidates.log_r, logits=candidates.logits)
+        transcript.commit(candidates_of.ids, candidates_of.verified)
+        candidates_of.retire(transcript.wanted)
+
+    if streamer is not None:
+        streamer.end()
+    if not output_dict:
+        return transcript.sequences
+    stats = EnsembleStats(
+        new_tokens=transcript.new_tokens,
+        forward_passes=[member.passes for member in members],
+        proposed=candidates_of.proposed,
+        verified=candidates_of.judged,
+        accepted=candidates_of.accepted,
+        member_seconds=[member.stopwatch.seconds for member in members],
+        seconds=time.perf_counter() - start,
+    )
+    return EnsembleDecoderOnlyOutput(
+        sequences=transcript.sequences,
+        scores=transcript.scores,
+        logits=transcript.logits,
+        past_key_values=members[0].release(transcript.sequences.shape[1] - 1),
+        stats=stats,
+    )
+
+
+class _SharedNoise(LogitsProcessor):
+    """Adds the positions' Gumbel noise, so that the argmax is the draw; keeps the log-probabilities without it."""
+
+    def __init__(self, prompt_length: int, keep: bool):
+        self.drawing = Gumbel()
+        self.prompt_length = prompt_length
+        self.keep = keep
+        self.log_probs: tuple[torch.Tensor, ...] = ()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.keep:
+            self.log_probs += (scores,)
+        position = torch.full((len(input_ids),), input_ids.shape[1] - self.prompt_length)
+        return scores + self.drawing.noise(scores[:, None], position)[:, 0]
+
+
+class _CriteriaWithoutNoise(StoppingCriteriaList):
+    """Stopping criteria that are shown the log-probabilities before the noise was added."""
+
+    def __init__(self, criteria: StoppingCriteriaList, noise: _SharedNoise):
+        super().__init__(criteria)
+        self.noise = noise
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(input_ids, None if scores is None else self.noise.log_probs, **kwargs)
+
+
+def _standard(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants, config,
+    model_kwargs,
+):  # fmt: skip
+    beams = generation_config.num_beams or 1
+    shares_noise = generation_config.do_sample and config.coupling == "gumbel"
+    if beams > 1 and shares_noise:
+        raise ValueError(f"`coupling='gumbel'` has no meaning in beam search (`num_beams` = {beams}): use 'maximal'.")
+    pad = generation_config._pad_token_tensor
+    ensemble = EnsembleLogitsProcessor.for_generate(
+        model,
+        assistants,
+        config,
+        process=PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad)),
+        assistant_kwargs=assistant_kwargs(assistants, input_ids, generation_config, model_kwargs),
+        normalize=beams > 1,
+    )
+    processors = LogitsProcessorList([ensemble])
+    if shares_noise:
+        noise = _SharedNoise(input_ids.shape[1], keep=bool(generation_config.output_scores))
+        processors.append(noise)
+        stopping_criteria = _CriteriaWithoutNoise(stopping_criteria, noise)
+        generation_config = copy.copy(generation_config)
+        generation_config.do_sample = False  # the draw is an argmax now
+
+    start = time.perf_counter()
+    arguments = dict(
+        logits_processor=processors,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        synced_gpus=synced_gpus,
+        **model_kwargs,
+    )
+    if beams > 1:
+        return model._beam_search(input_ids, **arguments)
+    output = model._sample(input_ids, streamer=streamer, **arguments)
+    if not isinstance(output, GenerateDecoderOnlyOutput):
+        return output
+    if shares_noise and output.scores is not None:
+        output["scores"] = noise.log_probs
+    seconds = time.perf_counter() - start
+    steps = ensemble.passes[0]
+    stats = EnsembleStats(
+        new_tokens=_count_new_tokens(output.sequences[:, input_ids.shape[1] :], generation_config),
+        forward_passes=[steps, *ensemble.passes],
+        proposed=[0] * len(ensemble.passes + [0]),
+        verified=[0] * len(ensemble.passes + [0]),
+        accepted=[0] * len(ensemble.passes + [0]),
+        seconds=seconds,
+        member_seconds=[seconds - sum(ensemble.seconds), *ensemble.seconds],
+    )
+    return EnsembleDecoderOnlyOutput(**output, stats=stats)
+
+
+def _count_new_tokens(new: torch.Tensor, generation_config: GenerationConfig) -> int:
+    """Generated tokens `[B, T]` without the padding behind an end-of-sequence token."""
+    eos = generation_config._eos_token_tensor
+    if eos is None:
+        return new.numel()
+    ended = torch.isin(new, eos.to(new.device)).long().cumsum(1)
+    after = torch.nn.functional.pad(ended, (1, 0))[:, :-1] > 0
+    return int((~after).sum())

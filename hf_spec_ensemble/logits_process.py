@@ -1,0 +1,162 @@
+"""EnsembleLogitsProcessor: the standard ensemble, every member token by token, as an ordinary LogitsProcessor."""
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from .config import EnsembleConfig
+from .distribution import EnsembleDistribution
+from .member import Member
+from .processing import PositionwiseProcessor
+from .validate import check_members, shared_vocabulary
+
+
+class EnsembleLogitsProcessor(LogitsProcessor):
+    r"""
+    Replaces the scores of the model that generates by the ensemble's log-probabilities, in any `generate()` call: greedy,
+    sampling and beam search, several prompts in a batch, one call after another.
+
+    Used by hand in `logits_processor=`, it runs after transformers' penalties and before its temperature, top-k and the
+    like: it sees *penalised* scores of the main model and the assistants' raw logits, and what follows is applied to the
+    ensemble. For penalties and temperature that reach every member alike, pass
+    `ensemble_config=EnsembleConfig(speculative=False)` to `generate()` instead, which uses this class.
+
+    The assistants' KV caches follow the calls: a step that adds one token to each row runs one pass over it, beams are
+    reordered, and anything else (a new prompt) starts afresh.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model whose `generate()` this is for.
+        assistant_models (`PreTrainedModel` or `list[PreTrainedModel]`):
+            The other members.
+        ensemble_config (`EnsembleConfig`):
+            How to combine. Its `speculative`, `coupling`, `alternate` and `num_assistant_tokens` play no role.
+        attention_mask (`torch.LongTensor` `[B, P]`, *optional*):
+            Of the prompts. If not given, leading `pad_token_id`s of a row count as padding, as long as that is not the
+            end-of-sequence token too.
+
+    Raises:
+        `TypeError`, `ValueError`: if the members do not fit together.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_spec_ensemble import EnsembleConfig, EnsembleLogitsProcessor
+
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> one, two = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
+    >>> processor = EnsembleLogitsProcessor(one, two, EnsembleConfig(weights=[0.5, 0.5]))
+    >>> prompt = torch.tensor([[3, 4, 5]])
+    >>> one.generate(prompt, logits_processor=[processor], num_beams=2, max_new_tokens=4, do_sample=False).shape
+    torch.Size([1, 7])
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        assistant_models: PreTrainedModel | list[PreTrainedModel],
+        ensemble_config: EnsembleConfig,
+        attention_mask: torch.Tensor | None = None,
+    ):
+        self.assistants = list(assistant_models) if isinstance(assistant_models, (list, tuple)) else [assistant_models]
+        models = [model, *self.assistants]
+        config = check_members(models, ensemble_config)
+        self.pad_token_id = self._padding_token(model)
+        self.attention_mask = attention_mask
+        self.distribution = EnsembleDistribution(
+            config, PositionwiseProcessor(LogitsProcessorList()), shared_vocabulary(models), model.device
+        )
+        self.assistant_kwargs: list[dict] | None = None
+        self.normalize = False
+        self.members: list[Member] = []
+        self.passes = [0] * len(self.assistants)
+        self.seconds = [0.0] * len(self.assistants)
+        self._previous: torch.Tensor | None = None  # [B, T]: the tokens that the caches hold
+
+    @classmethod
+    def for_generate(cls, model, assistant_models, ensemble_config, process, assistant_kwargs, normalize):
+        """
+        The processor behind `EnsembleConfig(speculative=False)`: it gets raw scores and applies the call's processors
+        itself, to every member or to the combination as `combine_on` says.
+
+        Args:
+            process (`PositionwiseProcessor`): The call's logits processors.
+            assistant_kwargs (`list[dict]`): What each assistant's `forward` is given for the prompt.
+            normalize (`bool`): Whether the scores are log-probabilities, as in beam search, and not logits.
+        """
+        processor = cls(model, assistant_models, ensemble_config)
+        processor.distribution.process = process
+        processor.assistant_kwargs = assistant_kwargs
+        processor.normalize = normalize
+        return processor
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` `[B, T]`): All tokens so far.
+            scores (`torch.Tensor` `[B, V]`): The main model's for the next token.
+
+        Returns:
+            `torch.Tensor` `[B, V]`: log r, normalised.
+        """
+        self._follow(input_ids)
+        end = torch.full((len(input_ids),), input_ids.shape[1])
+        logits = [scores[:, None]]  # [B, 1, V] each
+        for i, member in enumerate(self.members):
+            before = member.stopwatch.seconds
+            logits.append(member.score(input_ids, end)[:, -1:])
+            self.seconds[i] += member.stopwatch.seconds - before
+            self.passes[i] += 1
+            member.settled = end  # nothing is ever forgotten
+        self._previous = input_ids
+        aligned = [self.distribution.align(x) for x in logits]
+        if self.normalize:
+            aligned = [x.log_softmax(-1) for x in aligned]
+        position = (input_ids, end, torch.ones_like(end))
+        evidence = torch.stack([self.distribution.evidence(x, *position) for x in aligned])
+        return self.distribution.target(evidence, *position)[:, 0]
+
+    def _follow(self, input_ids: torch.Tensor) -> None:
+        """Makes the caches hold `input_ids[:, :-1]`, or be empty."""
+        parents = self._parents(input_ids)
+        if parents is None:
+            self.members = [
+                Member(model, kwargs, input_ids) for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
+            ]
+        elif (parents != torch.arange(len(parents))).any():
+            for member in self.members:
+                member.reorder(parents)
+
+    def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """For each row the cached row `[B]` that it continues by one token; `None` if there is one that has none."""
+        previous = self._previous
+        if previous is None or previous.shape != input_ids[:, :-1].shape:
+            return None
+        same = (input_ids[:, None, :-1] == previous[None].to(input_ids.device)).all(-1).cpu()  # [B, B]
+        visible = self.members[0].visible  # rows may differ in what padding hides
+        same &= (visible[:, None] == visible[None]).all(-1)
+        if not same.any(1).all():
+            return None
+        rows = torch.arange(len(same))
+        return torch.where(same[rows, rows], rows, same.long().argmax(1))
+
+    def _prompt_kwargs(self, input_ids: torch.Tensor) -> list[dict]:
+        if self.assistant_kwargs is not None:
+            return self.assistant_kwargs
+        mask = self.attention_mask
+        if mask is None or mask.shape[1] != input_ids.shape[1]:
+            mask = torch.ones_like(input_ids)
+            if self.pad_token_id is not None:
+                mask = ((input_ids != self.pad_token_id).cumsum(1) > 0).long()
+        mask = mask.repeat_interleave(len(input_ids) // len(mask), dim=0)
+        return [{"attention_mask": mask.to(model.device)} for model in self.assistants]
+
+    @staticmethod
+    def _padding_token(model: PreTrainedModel) -> int | None:
+        """The padding token, if it can be told from the end of a sequence; as transformers infers masks."""
+        config = model.generation_config
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        return None if config.pad_token_id in eos else config.pad_token_id
+

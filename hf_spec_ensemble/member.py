@@ -1,0 +1,262 @@
+"""Member: one model and its KV cache. Scores tokens, forgets them, knows nothing of the other members."""
+
+import inspect
+import time
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.candidate_generator import _prepare_token_type_ids
+
+from .padded import columns, pick
+
+
+# Slots that no row needs any more may make up this share of a cache before it is compacted.
+COMPACT_AT = 0.25
+
+# What Member passes to the model itself, from its own state.
+OWN_KWARGS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "output_logits")
+
+
+class Stopwatch:
+    """Adds up seconds between `start` and `stop`; with device events on a GPU, so that measuring waits for nothing."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
+
+    def start(self) -> None:
+        if self.on_gpu:
+            self._begin = torch.cuda.Event(enable_timing=True)
+            self._begin.record()
+        else:
+            self._begin = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.on_gpu:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._events.append((self._begin, end))
+        else:
+            self._seconds += time.perf_counter() - self._begin
+
+    @property
+    def seconds(self) -> float:
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
+
+
+class Member:
+    """
+    A causal language model, its cache, and how many tokens of each row it has seen.
+
+    Rows of a batch may see and forget different numbers of tokens. A forgotten token, or the padding of a shorter row,
+    stays in the cache as a hidden slot, masked out; slots hidden in every row at the end are cropped, and the rest is
+    compacted when there is much of it. Sliding-window layers measure distance in slots, so with those a cache is
+    compacted before every pass that follows a hidden slot. For one row all this is the ordinary crop.
+
+    Counts of tokens (`seen` and arguments) are `torch.long` `[B]` on the CPU and include a prompt's left padding.
+
+    Args:
+        model (`PreTrainedModel`):
+            Decoder-only.
+        kwargs (`dict`):
+            What `generate()` prepared for its `forward`: `attention_mask` and `position_ids` of the prompt, on the
+            model's device, perhaps `past_key_values`, and anything else, which is passed on.
+        prompt (`torch.LongTensor` `[B, P]`):
+            For its shape.
+    """
+
+    def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any], prompt: torch.Tensor):
+        self.model = model
+        self.kwargs = {key: value for key, value in kwargs.items() if key not in OWN_KWARGS}
+        self.cache: Cache = kwargs.get("past_key_values")
+        if self.cache is None:
+            self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cache.activate_past_recording()  # sliding-window layers keep what a roll-back may need
+
+        batch, self.prompt_length = prompt.shape
+        mask = kwargs.get("attention_mask")
+        self.prompt_visible = torch.ones(prompt.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        self.prompt_positions = self._prompt_positions(kwargs.get("position_ids"))  # [..., B, P]
+        self.visible = torch.ones(batch, 0, dtype=torch.bool)  # [B, S]: the slots that attention may see
+        self.seen = torch.zeros(batch, dtype=torch.long)
+        self.settled = torch.zeros(batch, dtype=torch.long)  # tokens that will never be forgotten
+
+        self.passes = 0
+        self.stopwatch = Stopwatch(model.device)
+        self._takes_logits_to_keep = model._supports_logits_to_keep()
+        self._sliding = [layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+
+    def score(self, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """
+        Runs one forward pass over the tokens `ids[b, seen[b]:end[b]]`, the whole prompt among them the first time.
+
+        Args:
+            ids (`torch.LongTensor` `[B, >= max(end)]`): The rows' tokens, prompt included.
+            end (`torch.LongTensor` `[B]`, CPU): `seen` after the pass. Rows with `end[b] == seen[b]` read nothing.
+
+        Returns:
+            `torch.Tensor` `[B, K, V]`, the model's dtype and device: logits after each token read. Of the prompt's only
+            those after its last token are given, so `[b, 0]` predicts token `max(seen[b] + 1, P)`.
+        """
+        self._tidy()
+        count = (end - self.seen).clamp(min=0)
+        width = int(count.max())
+        index = columns(self.seen, width)  # [B, K]
+        real = index < end[:, None]
+        first_pass = self.visible.shape[1] == 0
+        now_visible = real & pick(self.prompt_visible, index) if first_pass else real
+        if first_pass and width > self.prompt_length:
+            now_visible[:, self.prompt_length :] = real[:, self.prompt_length :]
+        visible = torch.cat([self.visible, now_visible], dim=1)  # [B, S + K]
+
+        device = self.model.device
+        chunk = pick(ids, index).to(device)
+        kwargs = dict(self.kwargs)
+        if kwargs.get("token_type_ids") is not None:
+            kwargs = _prepare_token_type_ids(kwargs, visible.shape[1])
+        inputs = self.model.prepare_inputs_for_generation(
+            chunk,
+            past_key_values=self.cache,
+            # As in generate(): no mask where there is nothing to hide
+            attention_mask=None if visible.all() else visible.long().to(device),
+            position_ids=self._positions(index.minimum((end - 1).clamp(min=0)[:, None])),
+            use_cache=True,
+            is_first_iteration=first_pass,
+            **kwargs,
+        )
+        keep = width - (self.prompt_length - 1 if first_pass else 0)
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = keep
+        self.stopwatch.start()
+        logits = self.model(**inputs, return_dict=True).logits[:, -keep:]
+        self.stopwatch.stop()
+
+        self.visible = visible
+        self.seen = self.seen + count
+        self.passes += 1
+        return logits
+
+    def _prompt_positions(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """As given or, since the other members need not take the same arguments as the main model, from the mask."""
+        module = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # PEFT wraps
+        if "position_ids" not in inspect.signature(module.forward).parameters:
+            return None
+        if given is None:
+            given = (self.prompt_visible.cumsum(-1) - 1).clamp(min=0).to(self.model.device)
+        return given
+
+    def _positions(self, index: torch.Tensor) -> torch.Tensor | None:
+        """The position ids of tokens `index` `[B, K]`: the prompt's as given, then one after the other."""
+        given = self.prompt_positions
+        if given is None:
+            return None
+        beyond = (index - self.prompt_length).to(given.device)  # [B, K], < 0 within the prompt
+        within = index.clamp(max=self.prompt_length - 1).to(given.device).expand(*given.shape[:-1], -1)
+        return torch.where(beyond < 0, given.gather(-1, within), given[..., -1:] + 1 + beyond)
+
+    def forget(self, length: torch.Tensor, settled: torch.Tensor) -> None:
+        """
+        Rolls back: of each row, only the first `length[b]` tokens stay seen.
+
+        Args:
+            length (`torch.LongTensor` `[B]`, CPU): May exceed `seen`, then that row forgets nothing.
+            settled (`torch.LongTensor` `[B]`, CPU): No later call asks for less than this.
+        """
+        dropped = (self.seen - length).clamp(min=0)
+        self.settled = settled
+        if dropped.any():
+            from_end = self.visible.flip(1).cumsum(1).flip(1)  # 1 for a row's last visible slot
+            self.visible = self.visible & (from_end > dropped[:, None])
+            self.seen = self.seen - dropped
+
+    def release(self, length: int) -> Cache:
+        """The cache, as `generate()` would leave it after `length` tokens or however many all rows have seen."""
+        length = min(int(self.seen.min()), length)
+        everywhere = torch.full_like(self.seen, length)
+        self.forget(everywhere, settled=everywhere)
+        self._tidy()
+        if self.visible.shape[1] != length or self._misaligned():
+            self._compact(length)
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+        return self.cache
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row b continues what row `rows[b]` was (beam search). `rows`: `torch.LongTensor` `[B]`, CPU."""
+        self.cache.reorder_cache(rows.to(self.model.device))
+        self.visible, self.seen, self.settled = self.visible[rows], self.seen[rows], self.settled[rows]
+        self.prompt_visible = self.prompt_visible[rows]
+        if self.prompt_positions is not None:
+            self.prompt_positions = self.prompt_positions.index_select(-2, rows.to(self.prompt_positions.device))
+
+    def _tidy(self) -> None:
+        """Crops slots that are hidden in every row at the end; compacts if it must or if it pays."""
+        slots = self.visible.shape[1]
+        if slots == 0:
+            return
+        in_use = self.visible.any(0).nonzero()
+        unused = slots - 1 - int(in_use[-1]) if len(in_use) else slots
+        for layer in self.cache.layers:
+            if layer.is_initialized and unused:
+                _remove_last(layer, unused)
+        self.visible = self.visible[:, : slots - unused]
+
+        needed = int(self.visible.sum(1).max())
+        if self._misaligned() and (self._sliding or slots - unused - needed > max(16, COMPACT_AT * needed)):
+            self._compact(needed)
+        pending = int((self.seen - self.settled).max())
+        for layer in self._sliding:
+            _cut_to_window(layer, pending)
+
+    def _misaligned(self) -> bool:
+        """Whether some row has a hidden slot behind a visible one."""
+        return bool((self.visible[:, :-1] & ~self.visible[:, 1:]).any())
+
+    def _compact(self, length: int) -> None:
+        """Moves every row's visible slots to the end, hidden ones before them, and keeps the last `length` slots."""
+        order = self.visible.long().argsort(dim=1, stable=True)[:, -length:]  # [B, length]
+        slots = self.visible.shape[1]
+        self.visible = self.visible.gather(1, order)
+        for layer in self.cache.layers:
+            if not layer.is_initialized:
+                continue
+            held = layer.keys.shape[-2]  # the last ones of `slots`
+            source = (order[:, -held:] - (slots - held)).clamp(min=0).to(layer.keys.device)
+            for name in ("keys", "values"):
+                states = getattr(layer, name)  # [B, heads, held, D]
+                spread = source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                setattr(layer, name, states.gather(2, spread))
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = length
+
+
+def _remove_last(layer: DynamicLayer, slots: int) -> None:
+    """Removes the last slots of a layer, and no others: a sliding-window layer's own `crop` also cuts to the window."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.keys, layer.values = layer.keys[:, :, :-slots], layer.values[:, :, :-slots]
+        layer.cumulative_length -= slots
+    else:
+        layer.crop(-slots)
+
+
+def _cut_to_window(layer: DynamicSlidingWindowLayer, pending: int) -> None:
+    """Removes slots so old that no window reaches them, even after forgetting `pending` tokens."""
+    if layer.is_initialized:
+        kept = layer.sliding_window - 1 + pending
+        layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+
+
+def can_roll_back(cache: Cache) -> bool:
+    """Whether `Member.forget` works on this cache: growing full-attention and sliding-window layers only."""
+    return isinstance(cache, DynamicCache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or type(layer).__name__ == "DummyLayer"
+        for layer in cache.layers
+    )

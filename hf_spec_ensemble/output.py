@@ -1,0 +1,133 @@
+"""What `generate()` returns: the text so far, token by token in step over the rows, and the statistics of the call."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+@dataclass
+class EnsembleStats:
+    """
+    What a call did. Lists have one entry for each member, in the order `[model, *assistant_models]`.
+
+    Args:
+        new_tokens (`int`): Tokens generated, over all rows.
+        forward_passes (`list[int]`): Forward passes; one serves all rows of a batch.
+        proposed (`list[int]`): Tokens proposed, over all rows.
+        verified (`list[int]`): Of those, the ones that were verified; the others fell with a rejection before them.
+        accepted (`list[int]`): Of those, the ones that were kept.
+        seconds (`float`): From the first forward pass to the last token.
+        member_seconds (`list[float]`): Inside the forward passes. For the standard ensemble the main model's entry also
+            holds the rest of transformers' own loop.
+
+    Example:
+
+    ```python
+    >>> from hf_spec_ensemble import EnsembleStats
+
+    >>> EnsembleStats(new_tokens=10, forward_passes=[6, 7], verified=[4, 5], accepted=[4, 3]).acceptance
+    [1.0, 0.6]
+    ```
+    """
+
+    new_tokens: int = 0
+    forward_passes: list[int] = field(default_factory=list)
+    proposed: list[int] = field(default_factory=list)
+    verified: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    member_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def acceptance(self) -> list[float | None]:
+        """Accepted of verified proposals, by member; `None` where there were none."""
+        return [kept / tried if tried else None for kept, tried in zip(self.accepted, self.verified)]
+
+    @property
+    def passes_per_token(self) -> float | None:
+        """Forward passes, all members', per generated token; `None` if there is none."""
+        return sum(self.forward_passes) / self.new_tokens if self.new_tokens else None
+
+
+@dataclass
+class EnsembleDecoderOnlyOutput(GenerateDecoderOnlyOutput):
+    """
+    `GenerateDecoderOnlyOutput` and `stats`.
+
+    `scores` are the log-probabilities of the distribution r that each token was drawn from, `logits` the main model's
+    raw logits; for a row that has finished they give its padding token probability one. `past_key_values` is the main
+    model's cache, of as many tokens of `sequences` as it has seen in every row (at most all but the last).
+    """
+
+    stats: EnsembleStats | None = None
+
+
+class Transcript:
+    """
+    The generated text as the other decoding methods see it: every row has the same number of tokens.
+
+    Rows get ahead of each other; a column is committed when every row that is not finished has it. Then stopping
+    criteria and streamer see just what they would see in the standard ensemble, in the same order, once for each column.
+
+    Args:
+        prompt (`torch.LongTensor` `[B, P]`), stopping_criteria, streamer, pad_token_id (`torch.LongTensor` or `None`):
+            As `generate()` prepared them.
+        output_scores, output_logits (`bool`): Whether to keep the rows given to `add`.
+    """
+
+    def __init__(self, prompt, stopping_criteria: StoppingCriteriaList, streamer, pad_token_id, output_scores, output_logits):
+        self.sequences = prompt
+        self.stopping_criteria = stopping_criteria
+        self.streamer = streamer
+        self.unfinished = torch.ones(len(prompt), dtype=torch.bool)  # [B], CPU
+        # As in transformers, finished rows are padded only if there is an end-of-sequence token to finish them
+        self.pad = pad_token_id if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria) else None
+        self.scores = () if output_scores else None  # one tensor [B, V] a column
+        self.logits = () if output_logits else None
+        self.new_tokens = 0
+        self._rows: dict[str, list[list[torch.Tensor]]] = {
+            name: [[] for _ in prompt] for name in ("scores", "logits") if getattr(self, name) is not None
+        }
+
+    @property
+    def wanted(self) -> torch.Tensor:
+        """Rows `[B]` whose next tokens are still wanted."""
+        return self.unfinished if self.pad is not None else self.unfinished.any().expand_as(self.unfinished)
+
+    def add(self, count: torch.Tensor, **columns: torch.Tensor) -> None:
+        """Takes the first `count[b]` of the columns `[B, K, V]` called `scores` or `logits`, if they are to be kept."""
+        for name, rows in self._rows.items():
+            for row, n in enumerate(count.tolist()):
+                rows[row].extend(columns[name][row, :n])
+
+    def commit(self, ids: torch.Tensor, length: torch.Tensor) -> None:
+        """
+        Commits all columns that are complete.
+
+        Args:
+            ids (`torch.LongTensor` `[B, >= T]`): The rows' tokens.
+            length (`torch.LongTensor` `[B]`, CPU): How many of them are verified.
+        """
+        while self.unfinished.any() and (length > self.sequences.shape[1])[self.wanted].all():
+            column = self.sequences.shape[1]
+            tokens = ids[:, column]
+            if self.pad is not None and not self.unfinished.all():
+                tokens = torch.where(self.unfinished.to(tokens.device), tokens, self.pad.to(tokens.device))
+            self.new_tokens += int(self.wanted.sum())
+            self._keep(tokens)
+            self.sequences = torch.cat([self.sequences, tokens[:, None]], dim=1)
+            done = self.stopping_criteria(self.sequences, self.scores)
+            self.unfinished = self.unfinished & ~done.cpu()
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+
+    def _keep(self, tokens: torch.Tensor) -> None:
+        for name, rows in self._rows.items():
+            some = next(row[0] for row in rows if row)  # [V]
+            column = [
+                row.pop(0) if wanted else torch.full_like(some, -torch.inf).index_fill(0, token, 0.0)
+                for row, wanted, token in zip(rows, self.wanted.tolist(), tokens.to(some.device))
+            ]
+            setattr(self, name, (*getattr(self, name), torch.stack(column)))

@@ -1,0 +1,133 @@
+"""Checks before the first forward pass: members that fit together, and a call that an ensemble can serve."""
+
+import logging
+from functools import lru_cache
+
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from .config import EnsembleConfig
+from .processing import STATEFUL
+
+
+logger = logging.getLogger(__name__)
+
+# Vocabularies of one tokenizer that are padded to different sizes differ by less than this share (Qwen2.5: 0.1 %).
+PADDING_SHARE = 0.02
+
+STANDARD = "EnsembleConfig(speculative=False)"
+
+
+@lru_cache(None)
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def check_members(members: list[PreTrainedModel], config: EnsembleConfig) -> EnsembleConfig:
+    """
+    Checks that `members` (`[model, *assistant_models]`) can form the ensemble that `config` describes.
+
+    Returns:
+        `EnsembleConfig`: `config.for_members(...)` of them.
+
+    Raises:
+        `TypeError`: if the config or a member is of the wrong type.
+        `ValueError`: if the number of members, their kind or their vocabularies do not fit.
+    """
+    if not isinstance(config, EnsembleConfig):
+        raise TypeError(f"`ensemble_config` must be an EnsembleConfig, but is a {type(config).__name__}: {config!r}.")
+    for i, member in enumerate(members):
+        name = "the main model" if i == 0 else f"assistant model {i}"
+        if not hasattr(member, "prepare_inputs_for_generation") or not hasattr(member, "config"):
+            raise TypeError(
+                f"Every member must be a loaded transformers model, but {name} is a {type(member).__name__}: "
+                f"{str(member)[:80]!r}. Load it with AutoModelForCausalLM.from_pretrained first."
+            )
+        if member.config.is_encoder_decoder:
+            raise ValueError(
+                f"Encoder-decoder members are not supported yet, but {name} is a {type(member).__name__}: use causal "
+                "language models."
+            )
+        if getattr(member, "_is_stateful", False):
+            raise ValueError(
+                f"{name[0].upper()}{name[1:]}, a {type(member).__name__}, keeps a recurrent state that cannot be rolled "
+                "back when a proposal is rejected: use members with attention caches."
+            )
+    shared_vocabulary(members)
+    return config.for_members([member.num_parameters() for member in members])
+
+
+def shared_vocabulary(members: list[PreTrainedModel]) -> tuple[int, int]:
+    """
+    The main model's vocabulary size, and the smallest of all members'. If sizes differ only by the padding of one
+    tokenizer's vocabulary, warns once.
+
+    Raises:
+        `ValueError`: if they differ by more.
+    """
+    sizes = [member.config.get_text_config().vocab_size for member in members]
+    if max(sizes) - min(sizes) > PADDING_SHARE * max(sizes):
+        raise ValueError(
+            f"The members have different vocabularies, of {sizes} tokens in the order [model, *assistant_models]. An "
+            "ensemble combines the probabilities of the same tokens, so all members must share one tokenizer."
+        )
+    if max(sizes) != min(sizes):
+        warn_once(
+            f"The members' vocabularies are padded to different sizes, {sizes}: the ensemble uses the {min(sizes)} tokens "
+            "that all of them have. (Make sure that they share one tokenizer.)"
+        )
+    return sizes[0], min(sizes)
+
+
+def check_call(
+    config: EnsembleConfig, generation_config: GenerationConfig, processors: LogitsProcessorList, model_kwargs: dict
+) -> None:
+    """
+    Checks that this `generate()` call can be decoded as an ensemble.
+
+    Raises:
+        `ValueError`: naming the argument, and what to do.
+    """
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name, None):
+            raise ValueError(f"`{name}=True` is not supported with an ensemble: leave it out.")
+    for name in ("assistant_ensemble_weight", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
+                 "penalty_alpha", "dola_layers", "constraints", "force_words_ids"):  # fmt: skip
+        if getattr(generation_config, name, None):
+            raise ValueError(
+                f"`{name}` ({getattr(generation_config, name)!r}) selects another decoding method and cannot be combined "
+                "with `ensemble_config`: leave one of them out."
+            )
+    if (generation_config.num_beam_groups or 1) > 1:
+        raise ValueError(f"`num_beam_groups` ({generation_config.num_beam_groups}) is not supported with an ensemble.")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("`inputs_embeds` is not supported with an ensemble, whose members embed differently: pass ids.")
+    stateful = [type(processor).__name__ for processor in processors if isinstance(processor, STATEFUL)]
+    once_a_token = not config.speculative and config.combine_on == "raw_logits"
+    if stateful and not once_a_token:
+        raise ValueError(
+            f"{stateful[0]} keeps state from call to call and must be called once for each token in order, which an "
+            f"ensemble does only with EnsembleConfig(speculative=False, combine_on='raw_logits')."
+        )
+    if config.speculative:
+        _check_speculative(generation_config, model_kwargs)
+
+
+def _check_speculative(generation_config: GenerationConfig, model_kwargs: dict) -> None:
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(
+            f"A speculative ensemble decodes greedily or by sampling, not with `num_beams` = {generation_config.num_beams}: "
+            f"set `num_beams=1`, or decode the standard ensemble with {STANDARD}."
+        )
+    if not model_kwargs.get("use_cache", True):
+        raise ValueError(f"A speculative ensemble needs KV caches: leave out `use_cache=False`, or use {STANDARD}.")
+    if generation_config.prefill_chunk_size is not None:
+        raise ValueError(
+            f"`prefill_chunk_size` ({generation_config.prefill_chunk_size}) is not supported by a speculative ensemble: "
+            f"leave it out, or use {STANDARD}."
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"`past_key_values` holds {cache.get_seq_length()} tokens, which the assistants have not seen: leave it out, "
+            f"or use {STANDARD}."
+        )

@@ -1,0 +1,96 @@
+"""Tiny random models of several architectures, for tests of exactness."""
+
+import functools
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+
+VOCAB = 50
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL = dict(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+SIZE = dict(hidden_size=32, intermediate_size=32, num_attention_heads=4, max_position_embeddings=128)
+
+SLIDING_WINDOW = 5  # shorter than the texts of the tests
+
+
+def _gemma3(layers, vocab, spread):
+    config = Gemma3TextConfig(
+        vocab_size=vocab, num_hidden_layers=layers, sliding_window=SLIDING_WINDOW, num_key_value_heads=2, head_dim=8,
+        layer_types=["sliding_attention", "full_attention"] * (layers // 2) + ["sliding_attention"] * (layers % 2),
+        initializer_range=spread, query_pre_attn_scalar=8, **SIZE, **SPECIAL,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config)
+
+
+def _gpt2(layers, vocab, spread):
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocab, n_layer=layers, n_embd=32, n_head=4, n_positions=128, initializer_range=spread, **SPECIAL)
+    )
+
+
+def _opt(layers, vocab, spread):
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=vocab, num_hidden_layers=layers, hidden_size=32, ffn_dim=32, num_attention_heads=4, init_std=spread,
+            word_embed_proj_dim=32, max_position_embeddings=128, **SPECIAL,
+        )  # fmt: skip
+    )
+
+
+def _like_llama(config_class, model_class, **extra):
+    def build(layers, vocab, spread):
+        config = config_class(
+            vocab_size=vocab, num_hidden_layers=layers, num_key_value_heads=2, initializer_range=spread, **SIZE, **SPECIAL,
+            **extra,
+        )  # fmt: skip
+        return model_class(config)
+
+    return build
+
+
+FAMILIES = {
+    "llama": _like_llama(LlamaConfig, LlamaForCausalLM),
+    "qwen3": _like_llama(Qwen3Config, Qwen3ForCausalLM, head_dim=8),
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "gemma3": _gemma3,
+    "mixtral": _like_llama(MixtralConfig, MixtralForCausalLM, num_local_experts=3, num_experts_per_tok=2),
+}
+
+
+@functools.cache
+def tiny(family: str = "llama", seed: int = 0, layers: int = 2, vocab: int = VOCAB, spread: float = 0.3):
+    """A tiny random model: float64, but for Mixtral, whose grouped matmul refuses it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = FAMILIES[family](layers, vocab, spread)
+    return model.to(torch.float32 if family == "mixtral" else torch.float64).eval()
+
+
+def members(family: str = "llama", n: int = 2, **kwargs) -> list:
+    """n models of one family; the last is the smallest."""
+    return [tiny(family, seed=i, layers=1 if i == n - 1 else 2, **kwargs) for i in range(n)]
+
+
+def prompts(batch: int, length: int = 7, vocab: int = VOCAB, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random prompts; in a batch, of different lengths and padded on the left."""
+    ids = torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        padding = (3 * row) % (length - 1) if batch > 1 else 0
+        ids[row, :padding], mask[row, :padding] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask}
