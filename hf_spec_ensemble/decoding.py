@@ -15,7 +15,7 @@ from .distribution import EnsembleDistribution
 from .drawing import Gumbel, drawing_rule
 from .logits_process import EnsembleLogitsProcessor
 from .member import Member, can_roll_back
-from .output import EnsembleDecoderOnlyOutput, EnsembleStats, Transcript
+from .output import EnsembleDecoderOnlyOutput, EnsembleStats, Transcript, pads_finished_rows
 from .processing import PositionwiseProcessor
 from .schedule import Schedule
 from .validate import STANDARD, check_call, check_members, shared_vocabulary
@@ -176,15 +176,23 @@ class _SharedNoise(LogitsProcessor):
         return scores + self.drawing.noise(scores[:, None], position)[:, 0]
 
 
-class _CriteriaWithoutNoise(StoppingCriteriaList):
-    """Stopping criteria that are shown the log-probabilities before the noise was added."""
+class _Criteria(StoppingCriteriaList):
+    """The stopping criteria, counting the tokens of rows that have not stopped; shown no noise in the scores."""
 
-    def __init__(self, criteria: StoppingCriteriaList, noise: _SharedNoise):
+    def __init__(self, criteria: StoppingCriteriaList, noise: _SharedNoise | None):
         super().__init__(criteria)
         self.noise = noise
+        self.new_tokens = 0
+        self.unfinished: torch.Tensor | None = None  # [B]
 
     def __call__(self, input_ids, scores, **kwargs):
-        return super().__call__(input_ids, None if scores is None else self.noise.log_probs, **kwargs)
+        if scores is not None and self.noise is not None:
+            scores = self.noise.log_probs
+        done = super().__call__(input_ids, scores, **kwargs)
+        wanted = torch.ones_like(done) if self.unfinished is None or not pads_finished_rows(self) else self.unfinished
+        self.new_tokens += int(wanted.sum())
+        self.unfinished = ~done if self.unfinished is None else self.unfinished & ~done
+        return done
 
 
 def _standard(
@@ -205,17 +213,18 @@ def _standard(
         normalize=beams > 1,
     )
     processors = LogitsProcessorList([ensemble])
+    noise = None
     if shares_noise:
         noise = _SharedNoise(input_ids.shape[1], keep=bool(generation_config.output_scores))
         processors.append(noise)
-        stopping_criteria = _CriteriaWithoutNoise(stopping_criteria, noise)
         generation_config = copy.copy(generation_config)
         generation_config.do_sample = False  # the draw is an argmax now
 
+    criteria = stopping_criteria if beams > 1 else _Criteria(stopping_criteria, noise)
     start = time.perf_counter()
     arguments = dict(
         logits_processor=processors,
-        stopping_criteria=stopping_criteria,
+        stopping_criteria=criteria,
         generation_config=generation_config,
         synced_gpus=synced_gpus,
         **model_kwargs,
@@ -230,7 +239,7 @@ def _standard(
     seconds = time.perf_counter() - start
     steps = ensemble.passes[0]
     stats = EnsembleStats(
-        new_tokens=_count_new_tokens(output.sequences[:, input_ids.shape[1] :], generation_config),
+        new_tokens=criteria.new_tokens,
         forward_passes=[steps, *ensemble.passes],
         proposed=[0] * len(ensemble.passes + [0]),
         verified=[0] * len(ensemble.passes + [0]),
@@ -239,13 +248,3 @@ def _standard(
         member_seconds=[seconds - sum(ensemble.seconds), *ensemble.seconds],
     )
     return EnsembleDecoderOnlyOutput(**output, stats=stats)
-
-
-def _count_new_tokens(new: torch.Tensor, generation_config: GenerationConfig) -> int:
-    """Generated tokens `[B, T]` without the padding behind an end-of-sequence token."""
-    eos = generation_config._eos_token_tensor
-    if eos is None:
-        return new.numel()
-    ended = torch.isin(new, eos.to(new.device)).long().cumsum(1)
-    after = torch.nn.functional.pad(ended, (1, 0))[:, :-1] > 0
-    return int((~after).sum())

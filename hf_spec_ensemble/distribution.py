@@ -1,5 +1,7 @@
 """Proposal and ensemble distributions for pending positions: the members' logits, the processors and the config."""
 
+from dataclasses import replace
+
 import torch
 
 from .combine import combine
@@ -49,12 +51,22 @@ class EnsembleDistribution:
         return evidence.log_softmax(-1)
 
     def target(self, evidence: torch.Tensor, ids, first, count) -> torch.Tensor:
-        """log r, `[B, K, V]`, from all members' evidence `[N, B, K, V]`."""
-        if callable(self.config.method) and self.shared < self.width:  # a user's function sees no padding
+        """
+        log r, `[B, K, V]`, from all members' evidence `[N, B, K, V]`. Where the processors forbid every token that the
+        plausibility cut leaves (a minimum length, say, when only the end is plausible), there is no cut.
+        """
+        scores = self._combined(evidence, self.config, ids, first, count)
+        if self.config.plausibility > 0 and self.config.combine_on == "raw_logits":
+            empty = (scores == -torch.inf).all(-1, keepdim=True)
+            if empty.any():
+                uncut = self._combined(evidence, replace(self.config, plausibility=0.0), ids, first, count)
+                scores = torch.where(empty, uncut, scores)
+        return scores.log_softmax(-1)
+
+    def _combined(self, evidence, config, ids, first, count) -> torch.Tensor:
+        if callable(config.method) and self.shared < self.width:  # a user's function sees no padding
             combined = evidence.new_full(evidence.shape[1:], -torch.inf)
-            combined[..., : self.shared] = combine(evidence[..., : self.shared], self.config)
+            combined[..., : self.shared] = combine(evidence[..., : self.shared], config)
         else:
-            combined = combine(evidence, self.config)
-        if self.config.combine_on == "raw_logits":
-            combined = self.process(combined, ids, first, count)
-        return combined.log_softmax(-1)
+            combined = combine(evidence, config)
+        return self.process(combined, ids, first, count) if config.combine_on == "raw_logits" else combined

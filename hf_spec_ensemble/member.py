@@ -212,7 +212,7 @@ class Member:
         needed = int(self.visible.sum(1).max())
         if self._misaligned() and (self._sliding or slots - unused - needed > max(16, COMPACT_AT * needed)):
             self._compact(needed)
-        pending = int((self.seen - self.settled).max())
+        pending = max(int((self.seen - self.settled).max()), 0)  # a member may lag behind what is settled
         for layer in self._sliding:
             _cut_to_window(layer, pending)
 

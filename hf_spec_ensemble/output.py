@@ -64,6 +64,11 @@ class EnsembleDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     stats: EnsembleStats | None = None
 
 
+def pads_finished_rows(stopping_criteria: StoppingCriteriaList) -> bool:
+    """As in transformers: rows that have finished are padded only if some token could have finished them."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+
+
 class Transcript:
     """
     The generated text as the other decoding methods see it: every row has the same number of tokens.
@@ -82,8 +87,7 @@ class Transcript:
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
         self.unfinished = torch.ones(len(prompt), dtype=torch.bool)  # [B], CPU
-        # As in transformers, finished rows are padded only if there is an end-of-sequence token to finish them
-        self.pad = pad_token_id if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria) else None
+        self.pad = pad_token_id if pads_finished_rows(stopping_criteria) else None
         self.scores = () if output_scores else None  # one tensor [B, V] a column
         self.logits = () if output_logits else None
         self.new_tokens = 0

@@ -1,8 +1,10 @@
 """Tiny random models of several architectures, for tests of exactness."""
 
+import copy
 import functools
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -14,6 +16,7 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -31,7 +34,7 @@ def _gemma3(layers, vocab, spread):
     config = Gemma3TextConfig(
         vocab_size=vocab, num_hidden_layers=layers, sliding_window=SLIDING_WINDOW, num_key_value_heads=2, head_dim=8,
         layer_types=["sliding_attention", "full_attention"] * (layers // 2) + ["sliding_attention"] * (layers % 2),
-        initializer_range=spread, query_pre_attn_scalar=8, **SIZE, **SPECIAL,
+        initializer_range=spread, query_pre_attn_scalar=8, tie_word_embeddings=False, **SIZE, **SPECIAL,
     )  # fmt: skip
     return Gemma3ForCausalLM(config)
 
@@ -81,9 +84,20 @@ def tiny(family: str = "llama", seed: int = 0, layers: int = 2, vocab: int = VOC
     return model.to(torch.float32 if family == "mixtral" else torch.float64).eval()
 
 
-def members(family: str = "llama", n: int = 2, **kwargs) -> list:
-    """n models of one family; the last is the smallest."""
-    return [tiny(family, seed=i, layers=1 if i == n - 1 else 2, **kwargs) for i in range(n)]
+@functools.cache
+def _related(family: str, n: int, likeness: float, **kwargs) -> list:
+    models = [copy.deepcopy(tiny(family, seed=i, layers=1 if i == n - 1 else 2, **kwargs)) for i in range(n)]
+    first = models[0].state_dict()
+    with torch.no_grad():
+        for model in models[1:]:
+            for name, parameter in model.named_parameters():
+                parameter.lerp_(first[name], likeness)
+    return models
+
+
+def members(family: str = "llama", n: int = 2, likeness: float = 0.9, **kwargs) -> list:
+    """n models of one family, the last being the smallest; the more alike, the more proposals are accepted."""
+    return list(_related(family, n, likeness, **kwargs))
 
 
 def prompts(batch: int, length: int = 7, vocab: int = VOCAB, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -94,3 +108,14 @@ def prompts(batch: int, length: int = 7, vocab: int = VOCAB, seed: int = 0) -> d
         padding = (3 * row) % (length - 1) if batch > 1 else 0
         ids[row, :padding], mask[row, :padding] = PAD, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One character a token: the lower-case letters are tokens 3 to 28."""
+    names = ["<pad>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTU"]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="U"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )
