@@ -134,13 +134,19 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         previous = self._previous
         if previous is None or previous.shape != input_ids[:, :-1].shape:
             return None
-        same = (input_ids[:, None, :-1] == previous[None].to(input_ids.device)).all(-1).cpu()  # [B, B]
-        visible = self.members[0].visible  # rows may differ in what padding hides
-        same &= (visible[:, None] == visible[None]).all(-1)
-        if not same.any(1).all():
-            return None
-        rows = torch.arange(len(same))
-        return torch.where(same[rows, rows], rows, same.long().argmax(1))
+        previous, current = previous.cpu(), input_ids[:, :-1].cpu()
+        rows = torch.arange(len(current))
+        if torch.equal(previous, current):
+            return rows
+        # Numbers for the different texts, as their padding hides them, then a cached row for each number
+        visible = self.members[0].visible.long()
+        _, number = torch.cat([torch.cat([previous, visible], 1), torch.cat([current, visible], 1)]).unique(
+            dim=0, return_inverse=True
+        )
+        cached = torch.full((len(number),), -1)
+        cached[number[: len(rows)]] = rows
+        parents = cached[number[len(rows) :]]
+        return None if (parents < 0).any() else parents
 
     def _prompt_kwargs(self, input_ids: torch.Tensor) -> list[dict]:
         if self.assistant_kwargs is not None:
