@@ -84,7 +84,6 @@ def combine(scores: torch.Tensor, config: EnsembleConfig) -> torch.Tensor:
 
     Example:
 
-    ```python
     >>> import torch
     >>> from hf_spec_ensemble import EnsembleConfig
     >>> from hf_spec_ensemble.combine import combine
@@ -92,7 +91,6 @@ def combine(scores: torch.Tensor, config: EnsembleConfig) -> torch.Tensor:
     >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     >>> combine(members, EnsembleConfig(weights=[0.5, 0.5])).exp()
     tensor([0.7000, 0.3000])
-    ```
     """
     if callable(config.method):
         stacked = scores.softmax(-1) if config.combine_on == "probs" else scores

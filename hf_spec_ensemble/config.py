@@ -79,7 +79,6 @@ class EnsembleConfig:
 
     Example:
 
-    ```python
     >>> from hf_spec_ensemble import EnsembleConfig
 
     >>> config = EnsembleConfig(method="weighted", weights=[0.7, 0.3])
@@ -87,7 +86,6 @@ class EnsembleConfig:
     'probs'
     >>> EnsembleConfig.from_dict(config.to_dict()) == config
     True
-    ```
     """
 
     method: str | Callable[[torch.Tensor], torch.Tensor] = "weighted"
@@ -173,12 +171,10 @@ class EnsembleConfig:
 
         Example:
 
-        ```python
         >>> from hf_spec_ensemble import EnsembleConfig
 
         >>> EnsembleConfig().for_members([7_000, 1_000]).num_assistant_tokens
         [1, 5]
-        ```
         """
         n = len(sizes)
         if n < 2:

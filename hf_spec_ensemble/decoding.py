@@ -54,12 +54,12 @@ def ensemble_decoding(
 
     Example:
 
-    ```python
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from hf_spec_ensemble import EnsembleConfig, ensemble_decoding
 
     >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> size |= dict(eos_token_id=None, pad_token_id=0)
     >>> one, two = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
     >>> out = one.generate(
     ...     torch.tensor([[3, 4, 5]]),
@@ -70,7 +70,6 @@ def ensemble_decoding(
     ... )
     >>> out.shape
     torch.Size([1, 7])
-    ```
     """
     assistants = list(assistant_models) if isinstance(assistant_models, (list, tuple)) else [assistant_models]
     if assistant_models is None:

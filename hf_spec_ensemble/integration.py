@@ -21,12 +21,10 @@ def enable() -> None:
 
     Example:
 
-    ```python
     >>> import hf_spec_ensemble as se
 
     >>> se.disable()
     >>> se.enable()
-    ```
     """
     global _original
     if _original is not None:

@@ -39,18 +39,17 @@ class EnsembleLogitsProcessor(LogitsProcessor):
 
     Example:
 
-    ```python
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from hf_spec_ensemble import EnsembleConfig, EnsembleLogitsProcessor
 
     >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> size |= dict(eos_token_id=None, pad_token_id=0)
     >>> one, two = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
     >>> processor = EnsembleLogitsProcessor(one, two, EnsembleConfig(weights=[0.5, 0.5]))
     >>> prompt = torch.tensor([[3, 4, 5]])
     >>> one.generate(prompt, logits_processor=[processor], num_beams=2, max_new_tokens=4, do_sample=False).shape
     torch.Size([1, 7])
-    ```
     """
 
     def __init__(

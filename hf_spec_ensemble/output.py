@@ -24,12 +24,10 @@ class EnsembleStats:
 
     Example:
 
-    ```python
     >>> from hf_spec_ensemble import EnsembleStats
 
     >>> EnsembleStats(new_tokens=10, forward_passes=[6, 7], verified=[4, 5], accepted=[4, 3]).acceptance
     [1.0, 0.6]
-    ```
     """
 
     new_tokens: int = 0

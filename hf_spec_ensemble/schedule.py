@@ -21,7 +21,6 @@ class Schedule:
 
     Example:
 
-    ```python
     >>> import torch
     >>> from hf_spec_ensemble.schedule import Schedule
 
@@ -30,7 +29,6 @@ class Schedule:
     (1, 1)
     >>> schedule.next(1, 1, torch.tensor([[5], [1]]), torch.tensor([True]))  # member 1 has proposed one
     (0, 1)
-    ```
     """
 
     lengths: tuple[int, ...]

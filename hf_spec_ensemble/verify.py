@@ -136,14 +136,12 @@ def gumbel_noise(seed: int, rows: torch.Tensor, positions: torch.Tensor, vocab_s
 
     Example:
 
-    ```python
     >>> import torch
     >>> from hf_spec_ensemble.verify import gumbel_noise
 
     >>> noise = gumbel_noise(0, torch.tensor(0), torch.arange(1000), 50)
     >>> round(noise.mean().item(), 1)  # Euler's constant, 0.577...
     0.6
-    ```
     """
     key = _mix(_mix(seed + _STEP * (rows + 1)) + _STEP * (positions + 1))
     token = torch.arange(1, vocab_size + 1, device=key.device)

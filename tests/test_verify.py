@@ -1,0 +1,148 @@
+"""Properties of the verification functions."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_spec_ensemble.combine import mixture
+from hf_spec_ensemble.verify import (
+    acceptance_probs,
+    gumbel_noise,
+    matches_before_mismatch,
+    residual_probs,
+    verify_maximal,
+    verify_shared_noise,
+)
+
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 8), st.integers(0, 10_000))
+
+
+def log_probs(*shape, seed, sharpness=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (sharpness * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(-1)
+
+
+def drawn(log_q, seed):
+    flat = torch.multinomial(log_q.exp().flatten(0, 1), 1, generator=torch.Generator().manual_seed(seed))
+    return flat.view(log_q.shape[:2])
+
+
+def uniforms(*shape, seed):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(SHAPES)
+def test_the_residual_is_a_distribution_that_completes_r(shape):
+    b, k, v, seed = shape
+    log_q, log_r = log_probs(b, k, v, seed=seed), log_probs(b, k, v, seed=seed + 1)
+    residual = residual_probs(log_q, log_r)
+    assert (residual >= 0).all()
+    torch.testing.assert_close(residual.sum(-1), torch.ones(b, k, dtype=torch.float64))
+    # q min(1, r/q) + P(reject) residual = r: what makes the rule exact
+    q, r = log_q.exp(), log_r.exp()
+    kept = torch.minimum(q, r)
+    torch.testing.assert_close(kept + (1 - kept.sum(-1, keepdim=True)) * residual, r)
+
+
+@given(SHAPES, st.lists(st.floats(0.05, 1), min_size=2, max_size=4))
+def test_acceptance_never_drops_below_the_members_weight(shape, weights):
+    b, k, v, seed = shape
+    weights = torch.tensor(weights, dtype=torch.float64)
+    weights = weights / weights.sum()
+    members = log_probs(len(weights), b, k, v, seed=seed)
+    log_r = mixture(members, weights)
+    for log_q, weight in zip(members, weights):
+        every = torch.arange(v).expand(b, k, v)
+        probs = torch.stack([acceptance_probs(every[..., x], log_q, log_r) for x in range(v)], dim=-1)
+        assert (probs >= weight - 1e-12).all()  # token by token
+        assert ((log_q.exp() * probs).sum(-1) >= weight - 1e-12).all()
+
+
+@given(SHAPES)
+def test_equal_distributions_accept_everything(shape):
+    b, k, v, seed = shape
+    log_r = log_probs(b, k, v, seed=seed)
+    tokens = drawn(log_r, seed)
+    proposed = torch.full((b,), k)
+    accepted, _ = verify_maximal(tokens, log_r, log_r, proposed, uniforms(b, k, seed=seed))
+    assert (accepted == k).all()
+    noise = gumbel_noise(seed, torch.arange(b)[:, None], torch.arange(k), v)
+    accepted, _ = verify_shared_noise((log_r + noise).argmax(-1), log_r, proposed, noise)
+    assert (accepted == k).all()
+
+
+@given(SHAPES)
+def test_disjoint_distributions_accept_nothing(shape):
+    b, k, v, seed = shape
+    half = torch.arange(v) < v // 2
+    log_q = log_probs(b, k, v, seed=seed).masked_fill(~half, -torch.inf).log_softmax(-1)
+    log_r = log_probs(b, k, v, seed=seed + 1).masked_fill(half, -torch.inf).log_softmax(-1)
+    tokens, proposed = drawn(log_q, seed), torch.full((b,), k)
+    accepted, emitted = verify_maximal(tokens, log_q, log_r, proposed, uniforms(b, k, seed=seed))
+    assert (accepted == 0).all() and not half[emitted].any()
+    accepted, emitted = verify_shared_noise(tokens, log_r, proposed, 0.0)
+    assert (accepted == 0).all() and not half[emitted].any()
+
+
+@given(SHAPES)
+def test_batches_equal_their_rows(shape):
+    b, k, v, seed = shape
+    log_q, log_r = log_probs(b, k, v, seed=seed), log_probs(b, k, v, seed=seed + 1, sharpness=1.0)
+    tokens, u = drawn(log_q, seed), uniforms(b, k, seed=seed)
+    proposed = torch.arange(b) % (k + 1)
+    accepted, _ = verify_maximal(tokens, log_q, log_r, proposed, u)
+    noise = gumbel_noise(seed, torch.arange(b)[:, None], torch.arange(k), v)
+    shared = verify_shared_noise(tokens, log_r, proposed, noise)
+    for row in range(b):
+        one = slice(row, row + 1)
+        alone, _ = verify_maximal(tokens[one], log_q[one], log_r[one], proposed[one], u[one])
+        assert alone == accepted[row]
+        alone = verify_shared_noise(tokens[one], log_r[one], proposed[one], noise[one])
+        assert [x.item() for x in alone] == [x[row].item() for x in shared]
+
+
+def test_the_rejection_rule_draws_from_r():
+    """Token by token over many rows: the accepted and the replaced ones together are distributed as r."""
+    rows, v = 200_000, 6
+    log_q, log_r = log_probs(v, seed=1), log_probs(v, seed=2)
+    torch.manual_seed(0)
+    tokens = torch.multinomial(log_q.exp(), rows, replacement=True)[:, None]
+    wide = [x.expand(rows, 1, v) for x in (log_q, log_r)]
+    accepted, emitted = verify_maximal(tokens, *wide, torch.ones(rows, dtype=torch.long), uniforms(rows, 1, seed=1))
+    got = torch.where(accepted == 1, tokens[:, 0], emitted)
+    frequency = torch.bincount(got, minlength=v) / rows
+    torch.testing.assert_close(frequency.double(), log_r.exp(), rtol=0, atol=0.005)
+    assert accepted.double().mean() == pytest.approx(torch.minimum(log_q.exp(), log_r.exp()).sum().item(), abs=0.005)
+
+
+def test_without_a_proposal_the_draw_is_from_r():
+    log_q, log_r = log_probs(1, 1, 4, seed=1), torch.tensor([[[0.0, 0.0, 1.0, 0.0]]]).double().log()
+    nothing = torch.zeros(1, dtype=torch.long)
+    accepted, emitted = verify_maximal(torch.zeros(1, 1, dtype=torch.long), log_q, log_r, nothing, torch.zeros(1, 1))
+    assert (accepted.item(), emitted.item()) == (0, 2)
+
+
+def test_matches_stop_at_the_first_mismatch_and_at_the_last_proposal():
+    match = torch.tensor([[True, False, True], [True, True, True], [False, True, True]])
+    assert matches_before_mismatch(match, torch.tensor([3, 2, 3])).tolist() == [1, 2, 0]
+
+
+def test_gumbel_noise_depends_on_seed_row_position_and_token_alone():
+    whole = gumbel_noise(7, torch.arange(3)[:, None], torch.arange(4), 11)
+    assert whole.shape == (3, 4, 11)
+    assert torch.equal(whole[2, 3], gumbel_noise(7, torch.tensor(2), torch.tensor(3), 11))
+    assert torch.equal(whole[..., :5], gumbel_noise(7, torch.arange(3)[:, None], torch.arange(4), 5))
+    assert not torch.equal(whole, gumbel_noise(8, torch.arange(3)[:, None], torch.arange(4), 11))
+    assert whole.flatten().unique().numel() == whole.numel()
+
+
+def test_gumbel_noise_is_standard_gumbel():
+    """Kolmogorov-Smirnov distance from exp(-exp(-x)), and no correlation between neighbouring positions."""
+    noise = gumbel_noise(0, torch.tensor(0), torch.arange(1000), 100).flatten()
+    expected = torch.arange(1, len(noise) + 1) / len(noise)
+    assert ((-(-noise.sort().values).exp()).exp() - expected).abs().max() < 0.006
+    grid = noise.view(1000, 100)
+    for one, two in ((grid[:-1], grid[1:]), (grid[:, :-1], grid[:, 1:])):
+        assert torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1].abs() < 0.02
