@@ -1,8 +1,8 @@
 """Speculative ensembles of language models for Hugging Face `generate()`: the same distribution, fewer forward passes.
 
-    import hf_spec_ensemble as se
+import hf_spec_ensemble as se
 
-    model.generate(**inputs, assistant_model=other, ensemble_config=se.EnsembleConfig(weights=[0.5, 0.5]))
+model.generate(**inputs, assistant_model=other, ensemble_config=se.EnsembleConfig(weights=[0.5, 0.5]))
 """
 
 from .config import EnsembleConfig

@@ -49,8 +49,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     "bonus" token of speculative decoding is a proposal here, since it comes from one member and not from r. A position
     that all members have scored before it is proposed needs no proposal: it is drawn from r.
 
-    The rows' tokens are `ids[b, :total[b]]`, of which `ids[b, :verified[b]]` are final; counts are on the CPU. Scores of
-    pending positions are held in tensors whose column j belongs to token `verified[b] + j`.
+    The rows' tokens are `ids[b, :total[b]]`, of which `ids[b, :verified[b]]` are final; counts are on the CPU. Scores
+    of pending positions are held in tensors whose column j belongs to token `verified[b] + j`.
 
     Args:
         members (`list[Member]`): In the order `[model, *assistant_models]`.
@@ -113,7 +113,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
                 self._propose(self.current)
             self._run_next()
 
-    def update_candidate_strategy(self, emitted: torch.Tensor, candidates: Candidates, num_matches: torch.Tensor) -> torch.Tensor:
+    def update_candidate_strategy(
+        self, emitted: torch.Tensor, candidates: Candidates, num_matches: torch.Tensor
+    ) -> torch.Tensor:
         """
         Settles verified positions: keeps the first `num_matches[b]` proposals of row b and, if one was rejected or if
         the row was drawable, `emitted[b]` after them. What was pending behind that token is forgotten.

@@ -35,13 +35,13 @@ class EnsembleConfig:
     With members `[model, *assistant_models]`, `l_i` member i's logits `[..., V]` and `process` the logits processors of
     the call (penalties, temperature, top-k, ...), the ensemble's distribution r is
 
-    | `method`        | r                                                                          | default `combine_on` |
-    |-----------------|----------------------------------------------------------------------------|----------------------|
-    | `"weighted"`    | sum_i w_i softmax(process(l_i)): the mixture                               | `"probs"`            |
-    | `"product"`     | softmax(process(sum_i w_i l_i)): a geometric mean; with weights of any     | `"raw_logits"`       |
-    |                 | sign also proxy tuning and DExperts, as `[1.0, 1.0, -1.0]`                 |                      |
-    | `"contrastive"` | softmax(process(l_model - contrast * l_assistant))                         | `"raw_logits"`       |
-    | a callable      | of the members' stacked tensors                                            | `"raw_logits"`       |
+    | `method`        | r                                                                       | default `combine_on` |
+    |-----------------|-------------------------------------------------------------------------|----------------------|
+    | `"weighted"`    | sum_i w_i softmax(process(l_i)): the mixture                            | `"probs"`            |
+    | `"product"`     | softmax(process(sum_i w_i l_i)): a geometric mean; with weights of any  | `"raw_logits"`       |
+    |                 | sign also proxy tuning and DExperts, as `[1.0, 1.0, -1.0]`              |                      |
+    | `"contrastive"` | softmax(process(l_model - contrast * l_assistant))                      | `"raw_logits"`       |
+    | a callable      | of the members' stacked tensors                                         | `"raw_logits"`       |
 
     Args:
         method (`str` or `Callable`, defaults to `"weighted"`):
@@ -229,7 +229,9 @@ class EnsembleConfig:
         """
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"Unknown fields of an ensemble config: {unknown}. Known: {list(cls.__dataclass_fields__)}.")
+            raise ValueError(
+                f"Unknown fields of an ensemble config: {unknown}. Known: {list(cls.__dataclass_fields__)}."
+            )
         return cls(**fields)
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -73,7 +73,9 @@ def ensemble_decoding(
     """
     assistants = list(assistant_models) if isinstance(assistant_models, (list, tuple)) else [assistant_models]
     if assistant_models is None:
-        raise ValueError("`ensemble_config` needs the other members: pass `assistant_model`, a model or a list of them.")
+        raise ValueError(
+            "`ensemble_config` needs the other members: pass `assistant_model`, a model or a list of them."
+        )
     config = check_members([model, *assistants], ensemble_config or EnsembleConfig())
     check_call(config, generation_config, logits_processor, model_kwargs)
     decode = _speculative if config.speculative else _standard
@@ -95,8 +97,9 @@ def _speculative(
         if not can_roll_back(member.cache):
             layers = sorted({type(layer).__name__ for layer in member.cache.layers})
             raise ValueError(
-                f"A speculative ensemble takes back rejected tokens, which the cache of a {type(member.model).__name__} "
-                f"cannot ({type(member.cache).__name__} with {layers}): use the default cache, or {STANDARD}."
+                "A speculative ensemble takes back rejected tokens, which the cache of a "
+                f"{type(member.model).__name__} cannot ({type(member.cache).__name__} with {layers}): use the "
+                f"default cache, or {STANDARD}."
             )
     pad = generation_config._pad_token_tensor
     has_eos = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
@@ -240,9 +243,9 @@ def _standard(
     stats = EnsembleStats(
         new_tokens=criteria.new_tokens,
         forward_passes=[steps, *ensemble.passes],
-        proposed=[0] * len(ensemble.passes + [0]),
-        verified=[0] * len(ensemble.passes + [0]),
-        accepted=[0] * len(ensemble.passes + [0]),
+        proposed=[0] * (1 + len(assistants)),
+        verified=[0] * (1 + len(assistants)),
+        accepted=[0] * (1 + len(assistants)),
         seconds=seconds,
         member_seconds=[seconds - sum(ensemble.seconds), *ensemble.seconds],
     )

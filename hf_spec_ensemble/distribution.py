@@ -31,7 +31,7 @@ class EnsembleDistribution:
         self.device = device
 
     def align(self, logits: torch.Tensor) -> torch.Tensor:
-        """A model's logits `[..., V']` on our device, in float32 or better, over the main model's vocabulary `[..., V]`."""
+        """A model's logits `[..., V']` on our device, in float32 or better, over the main model's vocabulary."""
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(self.device, dtype)
         if logits.shape[-1] == self.width == self.shared:
@@ -41,7 +41,7 @@ class EnsembleDistribution:
         return padded
 
     def evidence(self, logits: torch.Tensor, ids, first, count) -> torch.Tensor:
-        """A member's aligned logits `[B, K, V]` in the form that is combined; the rest as in `PositionwiseProcessor`."""
+        """A member's aligned logits `[B, K, V]` in the form that is combined; see `PositionwiseProcessor`."""
         return logits if self.config.combine_on == "raw_logits" else self.process(logits, ids, first, count)
 
     def proposal(self, evidence: torch.Tensor, ids, first, count) -> torch.Tensor:

@@ -16,7 +16,7 @@ _original = None  # GenerationMixin.generate while the integration is enabled
 
 def enable() -> None:
     """
-    Makes `model.generate(..., assistant_model=<model or list>, ensemble_config=EnsembleConfig(...))` decode an ensemble.
+    Makes `model.generate(..., assistant_model=<model or list>, ensemble_config=EnsembleConfig(...))` decode ensembles.
     Importing the package does this; calling it again changes nothing. Calls without `ensemble_config` are untouched.
 
     Example:
@@ -61,7 +61,9 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
     config = arguments.pop("ensemble_config")
     assistants = arguments.pop("assistant_model", None)
     if assistants is None:
-        raise ValueError("`ensemble_config` needs the other members: pass `assistant_model`, a model or a list of them.")
+        raise ValueError(
+            "`ensemble_config` needs the other members: pass `assistant_model`, a model or a list of them."
+        )
     assistants = list(assistants) if isinstance(assistants, (list, tuple)) else [assistants]
     check_members([model, *assistants], config)  # before anything else may go wrong, or take time
     if arguments.pop("assistant_tokenizer", None) is not None:

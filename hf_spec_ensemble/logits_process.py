@@ -12,12 +12,12 @@ from .validate import check_members, shared_vocabulary
 
 class EnsembleLogitsProcessor(LogitsProcessor):
     r"""
-    Replaces the scores of the model that generates by the ensemble's log-probabilities, in any `generate()` call: greedy,
-    sampling and beam search, several prompts in a batch, one call after another.
+    Replaces the scores of the model that generates by the ensemble's log-probabilities, in any `generate()` call:
+    greedy, sampling and beam search, several prompts in a batch, one call after another.
 
     Used by hand in `logits_processor=`, it runs after transformers' penalties and before its temperature, top-k and the
-    like: it sees *penalised* scores of the main model and the assistants' raw logits, and what follows is applied to the
-    ensemble. For penalties and temperature that reach every member alike, pass
+    like: it sees *penalised* scores of the main model and the assistants' raw logits, and what follows is applied to
+    the ensemble. For penalties and temperature that reach every member alike, pass
     `ensemble_config=EnsembleConfig(speculative=False)` to `generate()` instead, which uses this class.
 
     The assistants' KV caches follow the calls: a step that adds one token to each row runs one pass over it, beams are
@@ -122,7 +122,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         parents = self._parents(input_ids)
         if parents is None:
             self.members = [
-                Member(model, kwargs, input_ids) for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
+                Member(model, kwargs, input_ids)
+                for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
             ]
         elif (parents != torch.arange(len(parents))).any():
             for member in self.members:
@@ -164,4 +165,3 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         config = model.generation_config
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         return None if config.pad_token_id in eos else config.pad_token_id
-

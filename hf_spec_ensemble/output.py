@@ -72,7 +72,7 @@ class Transcript:
     The generated text as the other decoding methods see it: every row has the same number of tokens.
 
     Rows get ahead of each other; a column is committed when every row that is not finished has it. Then stopping
-    criteria and streamer see just what they would see in the standard ensemble, in the same order, once for each column.
+    criteria and streamer see just what they would see in the standard ensemble, in the same order, once a column.
 
     Args:
         prompt (`torch.LongTensor` `[B, P]`), stopping_criteria, streamer, pad_token_id (`torch.LongTensor` or `None`):
@@ -80,7 +80,9 @@ class Transcript:
         output_scores, output_logits (`bool`): Whether to keep the rows given to `add`.
     """
 
-    def __init__(self, prompt, stopping_criteria: StoppingCriteriaList, streamer, pad_token_id, output_scores, output_logits):
+    def __init__(
+        self, prompt, stopping_criteria: StoppingCriteriaList, streamer, pad_token_id, output_scores, output_logits
+    ):
         self.sequences = prompt
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer

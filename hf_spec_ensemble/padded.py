@@ -12,7 +12,7 @@ def columns(first: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def pick(padded: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`padded[b, index[b, k]]`: `[B, K, ...]`, `[B, k]` -> `[B, k, ...]`; an index past the end gives the last column."""
+    """`padded[b, index[b, k]]`: `[B, K, ...]`, `[B, k]` -> `[B, k, ...]`; past the end, the last column."""
     index = index.clamp(max=padded.shape[1] - 1).to(padded.device)
     return padded[torch.arange(len(padded), device=padded.device)[:, None], index]
 

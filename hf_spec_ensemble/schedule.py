@@ -51,8 +51,8 @@ class Schedule:
             `tuple[int, int]`: The member that runs now, and its consecutive passes with this one.
         """
         level = (lag == lag[0]).all()  # at the start, and after every row had a token drawn from r: begin again
-        if current is not None and not level and self.may_propose(current):
-            if turn < self.lengths[current] and (lag[current] > 0)[open_].any():
-                return current, turn + 1
+        goes_on = current is not None and not level and self.may_propose(current) and turn < self.lengths[current]
+        if goes_on and (lag[current] > 0)[open_].any():
+            return current, turn + 1
         total = lag.sum(1)
         return max(range(len(lag)), key=lambda member: (int(total[member]), member == self.proposer, -member)), 1

@@ -49,8 +49,8 @@ def check_members(members: list[PreTrainedModel], config: EnsembleConfig) -> Ens
             )
         if getattr(member, "_is_stateful", False):
             raise ValueError(
-                f"{name[0].upper()}{name[1:]}, a {type(member).__name__}, keeps a recurrent state that cannot be rolled "
-                "back when a proposal is rejected: use members with attention caches."
+                f"{name[0].upper()}{name[1:]}, a {type(member).__name__}, keeps a recurrent state that cannot be "
+                "rolled back when a proposal is rejected: use members with attention caches."
             )
     shared_vocabulary(members)
     return config.for_members([member.num_parameters() for member in members])
@@ -72,8 +72,8 @@ def shared_vocabulary(members: list[PreTrainedModel]) -> tuple[int, int]:
         )
     if max(sizes) != min(sizes):
         warn_once(
-            f"The members' vocabularies are padded to different sizes, {sizes}: the ensemble uses the {min(sizes)} tokens "
-            "that all of them have. (Make sure that they share one tokenizer.)"
+            f"The members' vocabularies are padded to different sizes, {sizes}: the ensemble uses the {min(sizes)} "
+            "tokens that all of them have. (Make sure that they share one tokenizer.)"
         )
     return sizes[0], min(sizes)
 
@@ -94,13 +94,15 @@ def check_call(
                  "penalty_alpha", "dola_layers", "constraints", "force_words_ids"):  # fmt: skip
         if getattr(generation_config, name, None):
             raise ValueError(
-                f"`{name}` ({getattr(generation_config, name)!r}) selects another decoding method and cannot be combined "
-                "with `ensemble_config`: leave one of them out."
+                f"`{name}` ({getattr(generation_config, name)!r}) selects another decoding method and cannot be "
+                "combined with `ensemble_config`: leave one of them out."
             )
     if (generation_config.num_beam_groups or 1) > 1:
         raise ValueError(f"`num_beam_groups` ({generation_config.num_beam_groups}) is not supported with an ensemble.")
     if model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError("`inputs_embeds` is not supported with an ensemble, whose members embed differently: pass ids.")
+        raise ValueError(
+            "`inputs_embeds` is not supported with an ensemble, whose members embed differently: pass ids."
+        )
     stateful = [type(processor).__name__ for processor in processors if isinstance(processor, STATEFUL)]
     once_a_token = not config.speculative and config.combine_on == "raw_logits"
     if stateful and not once_a_token:
@@ -115,19 +117,19 @@ def check_call(
 def _check_speculative(generation_config: GenerationConfig, model_kwargs: dict) -> None:
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
-            f"A speculative ensemble decodes greedily or by sampling, not with `num_beams` = {generation_config.num_beams}: "
-            f"set `num_beams=1`, or decode the standard ensemble with {STANDARD}."
+            "A speculative ensemble decodes greedily or by sampling, not with `num_beams` = "
+            f"{generation_config.num_beams}: set `num_beams=1`, or decode the standard ensemble with {STANDARD}."
         )
     if not model_kwargs.get("use_cache", True):
         raise ValueError(f"A speculative ensemble needs KV caches: leave out `use_cache=False`, or use {STANDARD}.")
     if generation_config.prefill_chunk_size is not None:
         raise ValueError(
-            f"`prefill_chunk_size` ({generation_config.prefill_chunk_size}) is not supported by a speculative ensemble: "
-            f"leave it out, or use {STANDARD}."
+            f"`prefill_chunk_size` ({generation_config.prefill_chunk_size}) is not supported by a speculative "
+            f"ensemble: leave it out, or use {STANDARD}."
         )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
-            f"`past_key_values` holds {cache.get_seq_length()} tokens, which the assistants have not seen: leave it out, "
-            f"or use {STANDARD}."
+            f"`past_key_values` holds {cache.get_seq_length()} tokens, which the assistants have not seen: leave it "
+            f"out, or use {STANDARD}."
         )

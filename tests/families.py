@@ -32,34 +32,56 @@ SLIDING_WINDOW = 5  # shorter than the texts of the tests
 
 def _gemma3(layers, vocab, spread):
     config = Gemma3TextConfig(
-        vocab_size=vocab, num_hidden_layers=layers, sliding_window=SLIDING_WINDOW, num_key_value_heads=2, head_dim=8,
+        vocab_size=vocab,
+        num_hidden_layers=layers,
+        sliding_window=SLIDING_WINDOW,
+        num_key_value_heads=2,
+        head_dim=8,
         layer_types=["sliding_attention", "full_attention"] * (layers // 2) + ["sliding_attention"] * (layers % 2),
-        initializer_range=spread, query_pre_attn_scalar=8, tie_word_embeddings=False, **SIZE, **SPECIAL,
-    )  # fmt: skip
+        initializer_range=spread,
+        query_pre_attn_scalar=8,
+        tie_word_embeddings=False,
+        **SIZE,
+        **SPECIAL,
+    )
     return Gemma3ForCausalLM(config)
 
 
 def _gpt2(layers, vocab, spread):
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=vocab, n_layer=layers, n_embd=32, n_head=4, n_positions=128, initializer_range=spread, **SPECIAL)
+        GPT2Config(
+            vocab_size=vocab, n_layer=layers, n_embd=32, n_head=4, n_positions=128, initializer_range=spread, **SPECIAL
+        )
     )
 
 
 def _opt(layers, vocab, spread):
     return OPTForCausalLM(
         OPTConfig(
-            vocab_size=vocab, num_hidden_layers=layers, hidden_size=32, ffn_dim=32, num_attention_heads=4, init_std=spread,
-            word_embed_proj_dim=32, max_position_embeddings=128, **SPECIAL,
-        )  # fmt: skip
+            vocab_size=vocab,
+            num_hidden_layers=layers,
+            hidden_size=32,
+            ffn_dim=32,
+            num_attention_heads=4,
+            init_std=spread,
+            word_embed_proj_dim=32,
+            max_position_embeddings=128,
+            **SPECIAL,
+        )
     )
 
 
 def _like_llama(config_class, model_class, **extra):
     def build(layers, vocab, spread):
         config = config_class(
-            vocab_size=vocab, num_hidden_layers=layers, num_key_value_heads=2, initializer_range=spread, **SIZE, **SPECIAL,
+            vocab_size=vocab,
+            num_hidden_layers=layers,
+            num_key_value_heads=2,
+            initializer_range=spread,
+            **SIZE,
+            **SPECIAL,
             **extra,
-        )  # fmt: skip
+        )
         return model_class(config)
 
     return build

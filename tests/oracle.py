@@ -72,7 +72,9 @@ METHODS = {
     ),
     "callable": Method(
         lambda n: dict(method=root_mean_square, combine_on="probs"),
-        lambda logits, process: root_mean_square(torch.stack([process(x).softmax(-1) for x in logits])).log().log_softmax(-1),
+        lambda logits, process: (
+            root_mean_square(torch.stack([process(x).softmax(-1) for x in logits])).log().log_softmax(-1)
+        ),
     ),
     "callable raw logits": Method(
         lambda n: dict(method=lambda logits: logits.amax(0)),
@@ -121,10 +123,10 @@ def continuation_probs(models, prompt, name: str, length: int, processors=()) ->
     """The probability of every continuation `[V] * length` of one prompt [T]; after EOS there is only PAD."""
     vocab = models[0].config.vocab_size
     prefixes, probs = prompt[None], torch.ones(1, dtype=torch.float64)
-    for step in range(length):
+    for _ in range(length):
         logits = torch.stack([m(prefixes, use_cache=False).logits[:, -1] for m in models])
 
-        def process(scores):
+        def process(scores, prefixes=prefixes):
             for processor in processors:
                 scores = processor(prefixes, scores)
             return scores

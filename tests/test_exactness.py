@@ -52,7 +52,7 @@ def assert_same_scores(one, two, tolerance=ROUNDING):
             torch.testing.assert_close(*pair, rtol=0, atol=tolerance)
 
 
-# --- The standard ensemble is the formulas ---------------------------------------------------------------------------
+# --- The standard ensemble is the formulas ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", oracle.METHODS)
@@ -82,7 +82,7 @@ def test_both_ensembles_are_the_formula_with_processors(setting, name):
         assert generate(models, inputs, config, do_sample=False, **kwargs).sequences.tolist() == text.tolist()
 
 
-# --- The speculative ensemble is the standard ensemble ---------------------------------------------------------------
+# --- The speculative ensemble is the standard ensemble ------------------------------------------------------------
 
 FACTORS = dict(
     family=list(FAMILIES),

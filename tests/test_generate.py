@@ -40,7 +40,7 @@ def pair():
     return members("llama", 2)
 
 
-# --- Forward passes and statistics ------------------------------------------------------------------------------------
+# --- Forward passes and statistics ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("likeness", [0.0, 0.9, 1.0])
@@ -114,7 +114,10 @@ def test_the_cache_that_is_returned_holds_the_text(pair):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
         with torch.no_grad():
             cached = pair[0](
-                out.sequences[:, length:], attention_mask=mask, position_ids=positions, past_key_values=out.past_key_values
+                out.sequences[:, length:],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=out.past_key_values,
             ).logits[:, -1]
         for row in range(batch):
             visible = mask[row].bool()
@@ -133,7 +136,7 @@ def test_outputs_only_when_asked_for(pair):
     torch.testing.assert_close(out.scores[0].exp().sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
-# --- Ways in -----------------------------------------------------------------------------------------------------------
+# --- Ways in --------------------------------------------------------------------------------------------------------
 
 
 def test_a_call_without_a_config_is_untouched(pair):
@@ -212,7 +215,9 @@ def test_pipeline(pair, speculative, tmp_path):
     call = dict(assistant_model=pair[1], ensemble_config=ensemble(speculative), return_full_text=False, **GREEDY)
     text = pipe("hello", **call)[0]["generated_text"]
     ids = tokenizer()("hello", return_tensors="pt").input_ids
-    expected, _ = oracle.greedy([model, pair[1]], dict(input_ids=ids, attention_mask=torch.ones_like(ids)), "weighted", 12)
+    expected, _ = oracle.greedy(
+        [model, pair[1]], dict(input_ids=ids, attention_mask=torch.ones_like(ids)), "weighted", 12
+    )
     assert text == tokenizer().decode(expected[0, 5:], skip_special_tokens=True)
 
 
@@ -239,7 +244,7 @@ def test_a_users_processor_sees_right_prefixes(pair):
     assert texts[0] == texts[1]
 
 
-# --- Streaming and stopping --------------------------------------------------------------------------------------------
+# --- Streaming and stopping -----------------------------------------------------------------------------------------
 
 
 class Collector(BaseStreamer):
@@ -302,7 +307,9 @@ def test_stop_strings_wherever_they_are_set(pair, where):
         given["generation_config"].stop_strings = ["Hx"]
     if where == "model":
         model.generation_config.stop_strings = ["Hx"]
-    call = dict(**prompts(1), assistant_model=pair[1], do_sample=False, max_new_tokens=100, tokenizer=tokenizer(), **given)
+    call = dict(
+        **prompts(1), assistant_model=pair[1], do_sample=False, max_new_tokens=100, tokenizer=tokenizer(), **given
+    )
     texts = [model.generate(**call, ensemble_config=ensemble(speculative)) for speculative in BOTH]
     assert texts[0].tolist() == texts[1].tolist()
     assert tokenizer().decode(texts[0][0, 7:]).endswith("Hx")
@@ -317,7 +324,7 @@ def test_max_time_stops(pair):
     assert pair[0].generate(**prompts(1), **call, max_time=1e-6).shape[1] < 107
 
 
-# --- Interruptions -----------------------------------------------------------------------------------------------------
+# --- Interruptions --------------------------------------------------------------------------------------------------
 
 
 class Failing(StoppingCriteria):
@@ -360,7 +367,7 @@ def test_an_interruption_leaves_everything_usable(pair, source, error, speculati
     assert pair[0].generation_config.to_dict() == members("llama", 2)[0].generation_config.to_dict()
 
 
-# --- What is refused ---------------------------------------------------------------------------------------------------
+# --- What is refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -386,7 +393,11 @@ REFUSED = {
     "no assistant": (dict(assistant_model=None), ValueError, "needs the other members"),
     "no config object": (dict(ensemble_config={"method": "weighted"}), TypeError, "must be an EnsembleConfig"),
     "a name for a model": (dict(assistant_model="gpt2"), TypeError, "must be a loaded transformers model.*'gpt2'"),
-    "weights": (dict(ensemble_config=se.EnsembleConfig(weights=[0.5, 0.3, 0.2])), ValueError, "one entry for each member"),
+    "weights": (
+        dict(ensemble_config=se.EnsembleConfig(weights=[0.5, 0.3, 0.2])),
+        ValueError,
+        "one entry for each member",
+    ),
     "contrastive": (
         dict(ensemble_config=se.EnsembleConfig(method="contrastive"), assistant_model=[tiny(), tiny()]),
         ValueError,
@@ -404,7 +415,11 @@ REFUSED = {
     ),
     "no cache": (dict(use_cache=False), ValueError, "leave out `use_cache=False`"),
     "static cache": (dict(cache_implementation="static"), ValueError, "StaticCache"),
-    "other method": (dict(prompt_lookup_num_tokens=3), ValueError, "`prompt_lookup_num_tokens` .*another decoding method"),
+    "other method": (
+        dict(prompt_lookup_num_tokens=3),
+        ValueError,
+        "`prompt_lookup_num_tokens` .*another decoding method",
+    ),
     "assistant weight": (dict(assistant_ensemble_weight=0.5), ValueError, "`assistant_ensemble_weight`"),
     "tokenizer": (dict(assistant_tokenizer=tokenizer()), ValueError, "`assistant_tokenizer` is not supported"),
     "stateful processor": (dict(guidance_scale=1.5), ValueError, "keeps state from call to call"),

@@ -143,7 +143,11 @@ def test_shared_noise_has_no_meaning_in_beam_search():
     models = members("llama", 2)
     with pytest.raises(ValueError, match="`num_beams` = 2"):
         models[0].generate(
-            **prompts(1), assistant_model=models[1], ensemble_config=standard(coupling="gumbel"), num_beams=2, do_sample=True
+            **prompts(1),
+            assistant_model=models[1],
+            ensemble_config=standard(coupling="gumbel"),
+            num_beams=2,
+            do_sample=True,
         )
 
 

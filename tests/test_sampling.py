@@ -138,7 +138,7 @@ def test_sampling_leaves_the_state_of_the_generator_to_the_seed_alone():
     assert len(after) == 1
 
 
-# --- The test has the power to tell ----------------------------------------------------------------------------------
+# --- The test has the power to tell -------------------------------------------------------------------------------
 
 
 def _different():

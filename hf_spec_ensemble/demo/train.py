@@ -18,11 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from . import FAMILY
 
-FAMILY = Path(__file__).resolve().parent / "models"
+
 CONTEXT = 256  # tokens of a training window
 BATCH = 32  # windows of a training step
 END = "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ ('Question: ' if message.role == 'user' else 'Answer: ') + message.content + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
+)
 
 
 def load_rows(data: str | None) -> list[tuple[str, str]]:
@@ -49,7 +56,12 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedToken
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, padding_side="left", model_max_length=1024
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        padding_side="left",
+        model_max_length=1024,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

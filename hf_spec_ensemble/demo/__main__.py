@@ -1,0 +1,158 @@
+"""
+Decodes one prompt with the standard and with the speculative ensemble, in turns, and shows both side by side.
+
+    python -m hf_spec_ensemble.demo
+    python -m hf_spec_ensemble.demo "A farmer has 12 cows and buys 5 more. How many cows does he have?"
+    python -m hf_spec_ensemble.demo --assistant-model solver --assistant-model draft --do-sample --coupling gumbel
+    python -m hf_spec_ensemble.demo --model ./base --assistant-model ./math --weights 0.6 0.4
+
+Models are local folders or names on the Hub; `reader`, `solver` and `draft` are embedded in the package.
+"""
+
+import argparse
+import statistics
+from dataclasses import replace
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+
+from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
+from ..config import COMBINE_ON, COUPLINGS, METHODS
+from . import FAMILY
+
+
+PROMPT = "Tom has 3 boxes with 12 pencils each. He gives 8 pencils to his sister. How many pencils does Tom have left?"
+
+
+def parse_arguments(args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_spec_ensemble.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to ask (default: a sum about pencils)")
+    parser.add_argument("--model", default="reader", help="the main model (default: %(default)s)")
+    parser.add_argument("--assistant-model", action="append", help="another member; may be repeated (default: solver)")
+    config = parser.add_argument_group("ensemble (see EnsembleConfig)")
+    config.add_argument("--method", choices=METHODS, default="weighted")
+    config.add_argument("--weights", type=float, nargs="+")
+    config.add_argument("--contrast", type=float, default=EnsembleConfig.contrast)
+    config.add_argument("--plausibility", type=float, default=EnsembleConfig.plausibility)
+    config.add_argument("--combine-on", choices=COMBINE_ON)
+    config.add_argument("--num-assistant-tokens", type=int, nargs="+")
+    config.add_argument("--no-alternate", dest="alternate", action="store_false")
+    config.add_argument("--coupling", choices=COUPLINGS, default=EnsembleConfig.coupling)
+    run = parser.add_argument_group("run")
+    run.add_argument("--max-new-tokens", type=int, default=128)
+    run.add_argument("--do-sample", action="store_true")
+    run.add_argument("--temperature", type=float, default=1.0)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--repeats", type=int, default=5, help="runs of each; times are medians (default: %(default)s)")
+    run.add_argument("--dtype", default="float32")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(args)
+
+
+def locate(name: str) -> str:
+    """The folder of an embedded model, or the name as it is."""
+    return str(FAMILY / name) if name in ("reader", "solver", "draft") else name
+
+
+def config_of(args: argparse.Namespace) -> EnsembleConfig:
+    lengths = args.num_assistant_tokens
+    return EnsembleConfig(
+        method=args.method,
+        weights=args.weights,
+        contrast=args.contrast,
+        plausibility=args.plausibility,
+        combine_on=args.combine_on,
+        num_assistant_tokens=lengths[0] if lengths and len(lengths) == 1 else lengths,
+        alternate=args.alternate,
+        coupling=args.coupling,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
+    """The prompt as the models expect it: through the chat template if there is one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def run(models: list[PreTrainedModel], inputs, config: EnsembleConfig, args) -> EnsembleDecoderOnlyOutput:
+    set_seed(args.seed)
+    sampling = dict(do_sample=True, temperature=args.temperature) if args.do_sample else dict(do_sample=False)
+    return models[0].generate(
+        **inputs,
+        assistant_model=models[1:],
+        ensemble_config=config,
+        max_new_tokens=args.max_new_tokens,
+        return_dict_in_generate=True,
+        **sampling,
+    )
+
+
+def report(names: list[str], texts: dict[str, str], outputs: dict[str, list], args) -> str:
+    """The two decodings as text: what they say, whether that is the same, and what they cost."""
+    standard, speculative = (outputs[name][-1] for name in ("standard", "speculative"))
+    ratios = [a.stats.seconds / b.stats.seconds for a, b in zip(outputs["standard"], outputs["speculative"])]
+    same = torch.equal(standard.sequences, speculative.sequences)
+    lines = [f"Prompt: {args.prompt}", ""]
+    if same:
+        lines += [f"Both:\n{texts['speculative']}", "", "Tokens: identical"]
+    else:
+        lines += [f"Standard:\n{texts['standard']}", "", f"Speculative:\n{texts['speculative']}", ""]
+        drawn = args.do_sample and args.coupling == "maximal"
+        lines += [
+            "Tokens: not identical; both are draws from the same distribution (--coupling gumbel draws the same text)"
+            if drawn
+            else "Tokens: NOT identical"
+        ]
+    lines += ["", f"{'':34}{'standard':>12}{'speculative':>13}"]
+    rows = [("new tokens", "{:.0f}", lambda s: s.new_tokens)]
+    for i, name in enumerate(names):
+        rows.append((f"forward passes of {name}", "{:.0f}", lambda s, i=i: s.forward_passes[i]))
+    rows.append(("forward passes per token", "{:.2f}", lambda s: s.passes_per_token))
+    for i, name in enumerate(names):
+        rows.append((f"acceptance of {name}'s proposals", "{:.0%}", lambda s, i=i: s.acceptance[i]))
+    for label, form, value in rows:
+        pair = [value(out.stats) for out in (standard, speculative)]
+        shown = ["-" if x is None else form.format(x) for x in pair]
+        lines.append(f"{label:34}{shown[0]:>12}{shown[1]:>13}")
+    medians = [statistics.median(o.stats.seconds for o in outputs[name]) for name in ("standard", "speculative")]
+    lines.append(f"{'seconds (median)':34}{medians[0]:>12.2f}{medians[1]:>13.2f}")
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    lines += ["", f"Speed ratio: {statistics.median(ratios):.2f}x (median of {len(ratios)} pairs of runs, {spread})"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    names = [args.model, *(args.assistant_model or ["solver"])]
+    config = config_of(args)
+    logging.disable_progress_bar()
+    models = [
+        AutoModelForCausalLM.from_pretrained(locate(name), dtype=args.dtype).to(args.device).eval() for name in names
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(locate(args.model))
+    inputs = encode(tokenizer, args.prompt).to(args.device)
+
+    configs = {"standard": replace(config, speculative=False), "speculative": config}
+    outputs: dict[str, list] = {name: [] for name in configs}
+    for repeat in range(args.repeats + 1):
+        for name, one in configs.items():
+            out = run(models, inputs, one, args)
+            if repeat > 0:  # the first runs warm up
+                outputs[name].append(out)
+    prompt_length = inputs["input_ids"].shape[1]
+    texts = {
+        name: tokenizer.decode(out[-1].sequences[0, prompt_length:], skip_special_tokens=True).strip()
+        for name, out in outputs.items()
+    }
+    print(report([name.rstrip("/").split("/")[-1] for name in names], texts, outputs, args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Processors over several positions, padded rows, and the order of turns."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from hf_spec_ensemble.padded import append, columns, drop_first, pick
+from hf_spec_ensemble.processing import PositionwiseProcessor
+from hf_spec_ensemble.schedule import Schedule
+
+
+class ByRow(LogitsProcessor):
+    """Depends on the row's number, its last token and its length."""
+
+    def __call__(self, input_ids, scores):
+        row = torch.arange(len(scores))[:, None]
+        return scores + 0.1 * row + 0.01 * input_ids[:, -1:] * torch.arange(scores.shape[1]) + input_ids.shape[1]
+
+
+PROCESSORS = {
+    "none": [],
+    "warpers": [TemperatureLogitsWarper(0.5), TopKLogitsWarper(5), TopPLogitsWarper(0.9), MinPLogitsWarper(0.01)],
+    "typical": [TypicalLogitsWarper(0.9)],
+    "penalties": [RepetitionPenaltyLogitsProcessor(1.5), NoRepeatNGramLogitsProcessor(2)],
+    "mixed": [NoRepeatNGramLogitsProcessor(2), TopKLogitsWarper(5), ByRow()],
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@given(seed=st.integers(0, 200))
+def test_all_positions_at_once_equal_one_at_a_time(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    b, k, v = 3, 4, 8
+    ids = torch.randint(v, (b, 20), generator=generator)
+    first = torch.randint(4, 8, (b,), generator=generator)
+    count = torch.randint(0, k + 1, (b,), generator=generator)
+    logits = torch.randn(b, k, v, generator=generator)
+    given_logits = logits.clone()
+    processors = LogitsProcessorList(PROCESSORS[name])
+    got = PositionwiseProcessor(processors)(logits, ids, first, count)
+    assert torch.equal(logits, given_logits)
+    for row in range(b):
+        for j in range(int(count[row])):
+            rows = ids[row, : first[row] + j].expand(b, -1)  # every row the same, so that the row's number is right
+            expected = processors(rows, logits[row, j].expand(b, -1).clone())[row]
+            torch.testing.assert_close(got[row, j], expected)
+
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4)
+
+
+@given(LENGTHS)
+def test_padded_rows_behave_like_lists(pairs):
+    """append and drop_first on a padded tensor, against Python lists."""
+    lists, lengths = [[] for _ in pairs], torch.zeros(len(pairs), dtype=torch.long)
+    padded = torch.zeros(len(pairs), 0)
+    for step in range(3):
+        added = torch.tensor([pair[0] for pair in pairs])
+        new = torch.arange(4.0) + 10 * step + 100 * torch.arange(len(pairs))[:, None]
+        padded = append(padded, lengths, new, added)
+        for i, n in enumerate(added.tolist()):
+            lists[i] = lists[i] + new[i, :n].tolist()
+        lengths = lengths + added
+        dropped = torch.tensor([pair[1] for pair in pairs]).minimum(lengths)
+        padded = drop_first(padded, dropped)
+        lists = [row[n:] for row, n in zip(lists, dropped.tolist())]
+        lengths = lengths - dropped
+        assert [padded[i, :n].tolist() for i, n in enumerate(lengths.tolist())] == lists
+
+
+def test_pick_gives_the_columns_asked_for():
+    padded = torch.arange(12).view(2, 6)
+    assert pick(padded, columns(torch.tensor([1, 3]), 2)).tolist() == [[1, 2], [9, 10]]
+
+
+def _turns(schedule, n, prompt=4, passes=8):
+    """Members of successive passes for one row in which nothing is ever rejected."""
+    seen, total = [0] * n, prompt
+    current, turn, order = None, 0, []
+    for _ in range(passes):
+        lag = torch.tensor([[total - s] for s in seen])
+        current, turn = schedule.next(current, turn, lag, torch.tensor([True]))
+        order.append(current)
+        seen[current] = total
+        if schedule.may_propose(current):
+            total += 1
+        elif min(seen) == total:
+            total += 1  # drawn from r
+    return order
+
+
+def test_members_take_turns_and_the_one_that_lags_most_is_next():
+    assert _turns(Schedule((1, 1), proposer=1), 2) == [1, 0, 1, 0, 1, 0, 1, 0]
+    assert _turns(Schedule((1, 1, 1), proposer=2), 3)[:6] == [2, 0, 1, 2, 0, 1]
+    assert _turns(Schedule((1, 3), proposer=1), 2) == [1, 1, 1, 0, 1, 1, 1, 0]
+    assert _turns(Schedule((2, 2), proposer=0), 2) == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_without_alternation_only_the_smallest_proposes():
+    schedule = Schedule((1, 3), proposer=1, alternate=False)
+    assert [schedule.may_propose(i) for i in (0, 1)] == [False, True]
+    assert _turns(schedule, 2)[:4] == [1, 1, 1, 0]
