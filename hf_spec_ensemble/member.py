@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -134,9 +135,10 @@ class Member:
         keep = width - (self.prompt_length - 1 if first_pass else 0)
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
-        self.stopwatch.start()
-        logits = self.model(**inputs, return_dict=True).logits[:, -keep:]
-        self.stopwatch.stop()
+        with self._within_windows():
+            self.stopwatch.start()
+            logits = self.model(**inputs, return_dict=True).logits[:, -keep:]
+            self.stopwatch.stop()
 
         self.visible = visible
         self.seen = self.seen + count
@@ -215,6 +217,20 @@ class Member:
         pending = max(int((self.seen - self.settled).max()), 0)  # a member may lag behind what is settled
         for layer in self._sliding:
             _cut_to_window(layer, pending)
+
+    @contextmanager
+    def _within_windows(self):
+        """Sets aside slots that only a roll-back may need: before 5.23, transformers attends to all that is held."""
+        aside = []
+        for layer in self._sliding:
+            extra = layer.keys.shape[-2] - (layer.sliding_window - 1) if layer.is_initialized else 0
+            if extra > 0:
+                aside.append((layer, layer.keys[:, :, :extra], layer.values[:, :, :extra]))
+                layer.keys, layer.values = layer.keys[:, :, extra:], layer.values[:, :, extra:]
+        yield
+        for layer, keys, values in aside:
+            layer.keys = torch.cat([keys, layer.keys], dim=2)
+            layer.values = torch.cat([values, layer.values], dim=2)
 
     def _misaligned(self) -> bool:
         """Whether some row has a hidden slot behind a visible one."""
