@@ -220,7 +220,7 @@ class Member:
 
     @contextmanager
     def _within_windows(self):
-        """Sets aside slots that only a roll-back may need: before 5.23, transformers attends to all that is held."""
+        """Sets aside slots that only a roll-back may need: transformers 5.17 attends to all that a layer holds."""
         aside = []
         for layer in self._sliding:
             extra = layer.keys.shape[-2] - (layer.sliding_window - 1) if layer.is_initialized else 0

@@ -118,10 +118,15 @@ def test_the_rejection_rule_draws_from_r():
 
 
 def test_without_a_proposal_the_draw_is_from_r():
-    log_q, log_r = log_probs(1, 1, 4, seed=1), torch.tensor([[[0.0, 0.0, 1.0, 0.0]]]).double().log()
-    nothing = torch.zeros(1, dtype=torch.long)
-    accepted, emitted = verify_maximal(torch.zeros(1, 1, dtype=torch.long), log_q, log_r, nothing, torch.zeros(1, 1))
-    assert (accepted.item(), emitted.item()) == (0, 2)
+    """Whatever q holds at such a position."""
+    rows = 2000
+    log_q = torch.tensor([0.97, 0.01, 0.01, 0.01]).double().log().expand(rows, 1, 4)
+    log_r = torch.tensor([0.5, 0.5, 0.0, 0.0]).double().log().expand(rows, 1, 4)
+    nothing = torch.zeros(rows, dtype=torch.long)
+    torch.manual_seed(0)
+    accepted, emitted = verify_maximal(nothing[:, None], log_q, log_r, nothing, torch.zeros(rows, 1))
+    assert (accepted == 0).all()
+    assert 0.45 < (emitted == 0).double().mean() < 0.55 and (emitted < 2).all()
 
 
 def test_matches_stop_at_the_first_mismatch_and_at_the_last_proposal():

@@ -118,12 +118,12 @@ def train(name, model, ids, weights, steps, lr, teacher=None) -> None:
     model.eval()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a JSON lines file with 'question' and 'answer' (default: openai/gsm8k, Hub)")
     parser.add_argument("--out", type=Path, default=FAMILY, help="folder to write to (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of the trunk (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     rows = load_rows(args.data)
