@@ -72,6 +72,20 @@ def test_one_pass_a_token_when_everything_is_accepted():
     assert max(out.stats.forward_passes) - min(out.stats.forward_passes) <= 1
 
 
+@pytest.mark.parametrize("combine_on", ["probs", "raw_logits"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_equal_members_accept_everything_whatever_processors_there_are(batch, combine_on):
+    """Proposals are drawn from processed probabilities, as the ensemble is."""
+    model = tiny()
+    for draw in (dict(do_sample=False), dict(do_sample=True, temperature=0.5, top_k=5)):
+        out = model.generate(
+            **prompts(batch), assistant_model=model, ensemble_config=se.EnsembleConfig(combine_on=combine_on),
+            repetition_penalty=2.0, no_repeat_ngram_size=2, min_new_tokens=20, max_new_tokens=20,
+            return_dict_in_generate=True, **draw,
+        )  # fmt: skip
+        assert out.stats.acceptance == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_statistics(pair, batch):
     counted = [0, 0]
@@ -342,6 +356,7 @@ class Failing(StoppingCriteria):
 @pytest.mark.parametrize("source", ["streamer", "criterion", "model"])
 def test_an_interruption_leaves_everything_usable(pair, source, error, speculative):
     call = dict(**prompts(3), assistant_model=pair[1], ensemble_config=ensemble(speculative), **GREEDY)
+    settings = [copy.deepcopy(model.generation_config.to_dict()) for model in pair]
     before = pair[0].generate(**call)
     patched, hooks = GenerationMixin.generate, []
     extra = {}
@@ -364,7 +379,7 @@ def test_an_interruption_leaves_everything_usable(pair, source, error, speculati
         hook.remove()
     assert GenerationMixin.generate is patched
     assert torch.equal(pair[0].generate(**call), before)
-    assert pair[0].generation_config.to_dict() == members("llama", 2)[0].generation_config.to_dict()
+    assert [model.generation_config.to_dict() for model in pair] == settings
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     python -m hf_spec_ensemble.demo.train --data train.jsonl       # the same rows from a file
 
 Writes `reader` and `solver` (same size, one trunk, then one learns more of the questions and the other the answers
-only) and `draft` (a sixth of the size, distilled from the trunk) to the folder of this file. Twenty-odd minutes on
+only) and `draft` (a sixth of the size, distilled from the trunk) to the folder of this file. Under an hour on
 two cores. Needs the `demo` extra (datasets).
 """
 
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a JSON lines file with 'question' and 'answer' (default: openai/gsm8k, Hub)")
     parser.add_argument("--out", type=Path, default=FAMILY, help="folder to write to (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of the trunk (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1600, help="training steps of the trunk (default: %(default)s)")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
