@@ -16,6 +16,7 @@ CONFIG_NAME = "ensemble_config.json"
 COMBINE_ON = ("probs", "logits", "raw_logits")
 COUPLINGS = ("maximal", "gumbel")
 DEFAULT_COMBINE_ON = {"weighted": "probs", "product": "raw_logits", "contrastive": "raw_logits"}
+LONGEST_DEFAULT = 5  # tokens; a longer proposal needs an acceptance that should not be taken for granted
 METHODS = tuple(DEFAULT_COMBINE_ON)
 
 
@@ -62,7 +63,8 @@ class EnsembleConfig:
             logits; `"raw_logits"`, the raw logits, so that the processors see the combination only.
         num_assistant_tokens (`int` or `Sequence[int]`, *optional*):
             Proposal lengths, >= 1: one for each member, or an int for the smallest member while the others propose 1.
-            Defaults to 5 if the smallest member has less than half the parameters of the largest, and to 1 if not.
+            Defaults to as many, at most 5, as cost half a pass of the largest member by their numbers of parameters,
+            and at least to 1.
         alternate (`bool`, defaults to `True`):
             Whether members alternate as proposer and verifier. `False`: the smallest member always proposes, which is
             plain speculative decoding against r.
@@ -174,7 +176,7 @@ class EnsembleConfig:
         >>> from hf_spec_ensemble import EnsembleConfig
 
         >>> EnsembleConfig().for_members([7_000, 1_000]).num_assistant_tokens
-        [1, 5]
+        [1, 3]
         """
         n = len(sizes)
         if n < 2:
@@ -194,7 +196,7 @@ class EnsembleConfig:
             )
         lengths = self.num_assistant_tokens
         if lengths is None:
-            lengths = 5 if min(sizes) < max(sizes) / 2 else 1
+            lengths = max(1, min(LONGEST_DEFAULT, max(sizes) // (2 * min(sizes))))
         if isinstance(lengths, int):
             smallest = min(range(n), key=sizes.__getitem__)
             lengths = [lengths if i == smallest else 1 for i in range(n)]

@@ -100,7 +100,9 @@ def test_weights_are_normalised_with_a_warning():
 def test_defaults_for_members():
     assert EnsembleConfig().for_members([7, 7]).weights == [0.5, 0.5]
     assert EnsembleConfig().for_members([7, 7]).num_assistant_tokens == [1, 1]
-    assert EnsembleConfig().for_members([7, 1, 7]).num_assistant_tokens == [1, 5, 1]
+    assert EnsembleConfig().for_members([70, 1, 70]).num_assistant_tokens == [1, 5, 1]
+    assert EnsembleConfig().for_members([1, 7]).num_assistant_tokens == [3, 1]
+    assert EnsembleConfig().for_members([3, 1]).num_assistant_tokens == [1, 1]
     assert EnsembleConfig(num_assistant_tokens=3).for_members([1, 7]).num_assistant_tokens == [3, 1]
     assert EnsembleConfig(method="contrastive").combine_on == "raw_logits"
     assert EnsembleConfig(method="product").combine_on == "raw_logits"
