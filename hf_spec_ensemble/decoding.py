@@ -18,7 +18,7 @@ from .member import Member, can_roll_back
 from .output import EnsembleDecoderOnlyOutput, EnsembleStats, Transcript, pads_finished_rows
 from .processing import PositionwiseProcessor
 from .schedule import Schedule
-from .validate import STANDARD, check_call, check_members, shared_vocabulary
+from .validate import STANDARD, assistant_list, check_call, check_members, shared_vocabulary
 
 
 @torch.no_grad()
@@ -71,11 +71,7 @@ def ensemble_decoding(
     >>> out.shape
     torch.Size([1, 7])
     """
-    assistants = list(assistant_models) if isinstance(assistant_models, (list, tuple)) else [assistant_models]
-    if assistant_models is None:
-        raise ValueError(
-            "`ensemble_config` needs the other members: pass `assistant_model`, a model or a list of them."
-        )
+    assistants = assistant_list(assistant_models)
     config = check_members([model, *assistants], ensemble_config or EnsembleConfig())
     check_call(config, generation_config, logits_processor, model_kwargs)
     decode = _speculative if config.speculative else _standard

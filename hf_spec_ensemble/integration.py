@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from .decoding import ensemble_decoding
-from .validate import check_members
+from .validate import assistant_list, check_members
 
 
 _original = None  # GenerationMixin.generate while the integration is enabled
@@ -59,12 +59,7 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
     arguments = {name: value for name, value in bound.items() if name not in ("self", "kwargs")} | bound["kwargs"]
 
     config = arguments.pop("ensemble_config")
-    assistants = arguments.pop("assistant_model", None)
-    if assistants is None:
-        raise ValueError(
-            "`ensemble_config` needs the other members: pass `assistant_model`, a model or a list of them."
-        )
-    assistants = list(assistants) if isinstance(assistants, (list, tuple)) else [assistants]
+    assistants = assistant_list(arguments.pop("assistant_model", None))
     check_members([model, *assistants], config)  # before anything else may go wrong, or take time
     if arguments.pop("assistant_tokenizer", None) is not None:
         raise ValueError("`assistant_tokenizer` is not supported with `ensemble_config`: members share one tokenizer.")

@@ -7,7 +7,7 @@ from .config import EnsembleConfig
 from .distribution import EnsembleDistribution
 from .member import Member
 from .processing import PositionwiseProcessor
-from .validate import check_members, shared_vocabulary
+from .validate import assistant_list, check_members, shared_vocabulary
 
 
 class EnsembleLogitsProcessor(LogitsProcessor):
@@ -59,7 +59,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         ensemble_config: EnsembleConfig,
         attention_mask: torch.Tensor | None = None,
     ):
-        self.assistants = list(assistant_models) if isinstance(assistant_models, (list, tuple)) else [assistant_models]
+        self.assistants = assistant_list(assistant_models)
         models = [model, *self.assistants]
         config = check_members(models, ensemble_config)
         self.pad_token_id = self._padding_token(model)

@@ -22,6 +22,20 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def assistant_list(assistant_models: PreTrainedModel | list[PreTrainedModel] | None) -> list[PreTrainedModel]:
+    """
+    The assistants as a list, however they were given.
+
+    Raises:
+        `ValueError`: if there are none.
+    """
+    if assistant_models is None:
+        raise ValueError(
+            "`ensemble_config` needs the other members: pass `assistant_model`, a model or a list of them."
+        )
+    return list(assistant_models) if isinstance(assistant_models, (list, tuple)) else [assistant_models]
+
+
 def check_members(members: list[PreTrainedModel], config: EnsembleConfig) -> EnsembleConfig:
     """
     Checks that `members` (`[model, *assistant_models]`) can form the ensemble that `config` describes.

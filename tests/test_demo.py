@@ -62,7 +62,6 @@ def test_the_demo_takes_folders_and_the_config(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_family_can_be_trained(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
     rows = [
         f'{{"question": "What is {a} and {a}?", "answer": "{a}+{a}=<<{a}+{a}={2 * a}>>{2 * a}."}}' for a in range(200)
     ]

@@ -148,6 +148,7 @@ def test_shared_noise_has_no_meaning_in_beam_search():
             ensemble_config=standard(coupling="gumbel"),
             num_beams=2,
             do_sample=True,
+            max_new_tokens=4,
         )
 
 
