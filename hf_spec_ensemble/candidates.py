@@ -6,11 +6,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator, GenerationConfig
 
-from .distribution import EnsembleDistribution
+from .distribution import EnsembleDistribution, top_prob
 from .drawing import Greedy
+from .estimates import pass_costs
 from .member import Member
-from .padded import append, columns, drop_first, pick
-from .schedule import Schedule
+from .padded import append, drop_first, pick, window
+from .schedule import Schedule, Situation
 
 
 def assistant_kwargs(
@@ -29,13 +30,15 @@ class Candidates:
     Positions that every member has scored, ready to be verified. Row b has `proposed[b]` proposals; where `drawable[b]`
     the next position is scored as well, and a token can be drawn from r there.
 
-    `tokens` `[B, K]`, `log_r` `[B, K, V]`, `log_q` `[B, K, V]` or `None` if the drawing rule needs none,
-    `logits` `[B, K, V]`, the main model's, or `None`; `proposed`, `drawable` `[B]` on the CPU.
+    `tokens` `[B, K]`; `r` `[B, K, V]` and `q` `[B, K, V]` in the form of the drawing rule, `q` only if that needs it;
+    `log_r` `[B, K, V]` and `logits` `[B, K, V]`, the main model's, only if they are to be kept; `proposed`, `drawable`
+    `[B]` on the CPU.
     """
 
     tokens: torch.Tensor
-    log_r: torch.Tensor
-    log_q: torch.Tensor | None
+    r: torch.Tensor
+    q: torch.Tensor | None
+    log_r: torch.Tensor | None
     logits: torch.Tensor | None
     proposed: torch.Tensor
     drawable: torch.Tensor
@@ -43,29 +46,33 @@ class Candidates:
 
 class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     """
-    Runs members in turns until proposals can be verified.
+    Runs the authors, members and drafters, in turns until proposals can be verified.
 
     Every pass of a member scores all pending tokens it has not seen, and may append one proposal of its own: the
     "bonus" token of speculative decoding is a proposal here, since it comes from one member and not from r. A position
-    that all members have scored before it is proposed needs no proposal: it is drawn from r.
+    that all members have scored before it is proposed needs no proposal: it is drawn from r. A drafter proposes too,
+    but what it has scored or not holds up nothing.
 
     The rows' tokens are `ids[b, :total[b]]`, of which `ids[b, :verified[b]]` are final; counts are on the CPU. Scores
     of pending positions are held in tensors whose column j belongs to token `verified[b] + j`.
 
     Args:
-        members (`list[Member]`): In the order `[model, *assistant_models]`.
+        members (`list[Member]`): N, in the order `[model, *assistant_models]`.
+        drafters (`list[Member]`): Models that propose and are no part of r. The authors are
+            `[*members, *drafters]`.
         input_ids (`torch.LongTensor` `[B, P]`): The prompts.
         distribution (`EnsembleDistribution`), drawing (`drawing.Greedy`, `Gumbel`, `Maximal`), schedule (`Schedule`):
             What is proposed from and verified against, how tokens are drawn, who runs.
         generation_config (`GenerationConfig`), model_kwargs (`dict`): As `generate()` prepared them.
         max_length (`int`): Tokens of the longest text allowed, prompt included.
         stop_tokens (`torch.LongTensor`, *optional*): Tokens after which nothing is proposed.
-        keep_logits (`bool`): Whether candidates carry the main model's raw logits.
+        keep_scores, keep_logits (`bool`): Whether candidates carry log r and the main model's raw logits.
     """
 
     def __init__(
         self,
         members: list[Member],
+        drafters: list[Member],
         input_ids: torch.Tensor,
         distribution: EnsembleDistribution,
         drawing: Greedy,
@@ -74,10 +81,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         model_kwargs: dict,
         max_length: int,
         stop_tokens: torch.Tensor | None = None,
+        keep_scores: bool = False,
         keep_logits: bool = False,
     ):
-        super().__init__(input_ids, members[schedule.proposer].model, generation_config, model_kwargs)
+        super().__init__(input_ids, members[-1].model, generation_config, model_kwargs)
         self.members = members
+        self.authors = [*members, *drafters]
         self.distribution = distribution
         self.drawing = drawing
         self.schedule = schedule
@@ -91,15 +100,15 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.total = self.verified.clone()
         self.sealed = torch.zeros(batch, dtype=torch.bool)  # the last token ends the text: nothing follows it
         self.active = torch.ones(batch, dtype=torch.bool)  # rows whose text goes on
-        self.current: int | None = None  # the member of the last pass, and its consecutive passes
+        self.current: int | None = None  # the author of the last pass, and its consecutive passes
         self.turn = 0
 
-        self.evidence: list[torch.Tensor | None] = [None] * len(members)  # [B, W, V] each
-        self.log_q: torch.Tensor | None = None  # [B, W, V]
+        self.evidence: list[torch.Tensor | None] = [None] * len(self.authors)  # [B, W, V] each
+        self.q: torch.Tensor | None = None  # [B, W, V]
         self.logits: torch.Tensor | None = None  # [B, W, V]
-        self.keep_logits = keep_logits
-        self.author = torch.zeros(batch, 0, dtype=torch.long)  # [B, W]: who proposed
-        self.proposed, self.judged, self.accepted = ([0] * len(members) for _ in range(3))  # by member
+        self.keep_scores, self.keep_logits = keep_scores, keep_logits
+        self.pending: list[list[tuple[int, float]]] = [[] for _ in range(batch)]  # author and confidence of proposals
+        self.proposed, self.judged, self.accepted = ([0] * len(self.authors) for _ in range(3))  # by author
 
     def get_candidates(self, input_ids: torch.Tensor | None = None, **kwargs) -> Candidates:
         """Runs members until some active row has a position that all have scored. The arguments are not needed."""
@@ -109,7 +118,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             drawable = scored > proposed
             if drawable.any() or proposed.any():
                 return self._collect(proposed, drawable)
-            if self.current is not None and self.schedule.may_propose(self.current):
+            if self.current is not None:
                 self._propose(self.current)
             self._run_next()
 
@@ -140,12 +149,15 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self._seal(emits)
         # A token drawn from r has been seen by no member; a kept proposal is settled
         keep = torch.where(emits, self.verified - 1, self.total)
-        for i, member in enumerate(self.members):
-            member.forget(keep, settled=torch.where(emits, self.verified - 1, self.verified))
+        for i, author in enumerate(self.authors):
+            author.forget(keep, settled=torch.where(emits, self.verified - 1, self.verified))
             self.evidence[i] = drop_first(self.evidence[i], gained)
-        self.log_q = drop_first(self.log_q, gained)
+        self.q = drop_first(self.q, gained)
         self.logits = drop_first(self.logits, gained)
-        self.author = drop_first(self.author, gained)
+        self.pending = [
+            [] if emitted_ else row[n:] for row, n, emitted_ in zip(self.pending, gained.tolist(), emits.tolist())
+        ]
+        self.schedule.advanced(int(gained.sum()) / max(int(self.active.sum()), 1))
         return gained
 
     def retire(self, wanted: torch.Tensor) -> None:
@@ -165,34 +177,55 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         """Rows `[B]` in which another token may be proposed."""
         return self.active & ~self.sealed
 
+    def _situation(self) -> Situation:
+        readable = self._readable().tolist()
+        lag = [
+            [max(end - seen, 0) for end, seen in zip(readable, author.seen.tolist())] for author in self.authors
+        ]  # tokens of each row that are worth reading
+        return Situation(self.current, self.turn, lag, self.pending, self._open().tolist())
+
     def _run_next(self) -> None:
-        """One forward pass of the member whose turn it is; keeps what it scored."""
-        readable = self._readable()
-        lag = torch.stack([(readable - member.seen).clamp(min=0) for member in self.members])  # [N, B]
-        self.current, self.turn = self.schedule.next(self.current, self.turn, lag, self._open())
-        member = self.members[self.current]
-        first = (member.seen + 1).clamp(min=self.prompt_length)  # [B]: the tokens that the new logits predict
-        have = self._scored()[self.current]
-        logits = self.distribution.align(member.score(self.ids, readable.maximum(member.seen)))
-        added = torch.where(lag[self.current] > 0, member.seen + 1 - first, 0)
+        """One forward pass of the author whose turn it is; keeps what it scored."""
+        situation = self._situation()
+        self.current, self.turn = self.schedule.next(situation)
+        author = self.authors[self.current]
+        lag = situation.lag[self.current]
+        first = (author.seen + 1).clamp(min=self.prompt_length)  # [B]: the tokens that the new logits predict
+        have = (author.seen + 1 - self.verified).clamp(min=0) * self.active
+        width = self.schedule.width(self.current, max(lag)) if author.passes else 0
+        logits = self.distribution.align(author.score(self.ids, self._readable().maximum(author.seen), width))
+        late = (self.verified - first).clamp(min=0)  # what a drafter missed needs no scores any more
+        first, logits = first + late, drop_first(logits, late)
+        for ran, seconds in author.stopwatch.laps():
+            if ran is not None:  # the prompt's pass is no measure for the others
+                pass_costs(author.model).add(len(self.ids), ran, seconds)
+                self.schedule.ran(self.current, seconds)
+        added = torch.where(torch.tensor(lag) > 0, author.seen + 1 - first, 0).clamp(min=0)
         evidence = self.distribution.evidence(logits, self.ids, first, added)
         self.evidence[self.current] = append(self.evidence[self.current], have, evidence, added)
         if self.keep_logits and self.current == 0:
             self.logits = append(self.logits, have, logits, added)
 
     def _propose(self, i: int) -> None:
-        """Member i proposes the next token of every open row of which it has seen all tokens."""
-        rows = self._open() & (self.members[i].seen == self.total)
+        """Author i proposes, if the schedule wants it, the next token of every open row of which it has seen all."""
+        rows = self._open() & (self.authors[i].seen == self.total)
         if not rows.any():
             return
         pending = self.total - self.verified  # [B]
-        log_q = self.distribution.proposal(pick(self.evidence[i], pending[:, None]), self.ids, self.total, rows.long())
-        tokens = self.drawing.propose(log_q[:, 0], self.total - self.prompt_length)
+        evidence, form = window(self.evidence[i], pending, 1), self.drawing.form
+        q = self.distribution.proposal(evidence, self.ids, self.total, rows.long(), form)
+        confidence = top_prob(q[:, 0], form).tolist()
+        wanted = [own if row else None for own, row in zip(confidence, rows.tolist())]
+        if not self.schedule.proposes(self._situation(), wanted):
+            return
+        tokens = self.drawing.propose(q[:, 0], self.total - self.prompt_length)
         index = rows.nonzero()[:, 0].to(self.ids.device)
         self.ids[index, self.total.to(self.ids.device)[index]] = tokens[index]
-        if self.drawing.needs_proposal_probs:
-            self.log_q = append(self.log_q, pending, log_q, rows.long())
-        self.author = append(self.author, pending, torch.full_like(pending, i)[:, None], rows.long())
+        if self.drawing.needs_q:
+            self.q = append(self.q, pending, q, rows.long())
+        for row, own in zip(self.pending, wanted):
+            if own is not None:
+                row.append((i, own))
         self.total = self.total + rows.long()
         self.proposed[i] += int(rows.sum())
         self._seal(rows)
@@ -208,28 +241,29 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     def _collect(self, proposed: torch.Tensor, drawable: torch.Tensor) -> Candidates:
         count = proposed + drawable.long()
         width = int(count.max())
-        index = columns(torch.zeros_like(count), width)
-        evidence = torch.stack([pick(scores, index) for scores in self.evidence])  # [N, B, K, V]
-        log_q = self.log_q
-        if self.drawing.needs_proposal_probs:
-            blank = torch.zeros_like(evidence[0, :, :0]) if log_q is None else log_q[:, :width]
-            missing = width - blank.shape[1]
-            log_q = torch.nn.functional.pad(blank, (0, 0, 0, missing), value=-torch.inf)
+        evidence = [scores[:, :width] for scores in self.evidence[: len(self.members)]]
+        position = (self.ids, self.verified, count)
+        form = self.drawing.form
+        log_r = self.distribution.target(evidence, *position, "log_probs") if self.keep_scores else None
+        r = log_r.exp() if self.keep_scores and form == "probs" else self.distribution.target(evidence, *position, form)
+        q = None
+        if self.drawing.needs_q:
+            q = r[:, :0] if self.q is None else self.q[:, :width]
+            q = torch.nn.functional.pad(q, (0, 0, 0, width - q.shape[1]))
         return Candidates(
-            tokens=pick(self.ids, columns(self.verified, width)),
-            log_r=self.distribution.target(evidence, self.ids, self.verified, count),
-            log_q=log_q,
-            logits=pick(self.logits, index) if self.keep_logits else None,
+            tokens=window(self.ids, self.verified, width),
+            r=r,
+            q=q,
+            log_r=log_r,
+            logits=self.logits[:, :width] if self.keep_logits else None,
             proposed=proposed,
             drawable=drawable,
         )
 
     def _count(self, proposed: torch.Tensor, accepted: torch.Tensor) -> None:
         """Adds verified and accepted proposals to their authors' account."""
-        column = torch.arange(self.author.shape[1])
-        verified = column < (accepted + 1).minimum(proposed)[:, None]
-        kept = column < accepted[:, None]
-        for i in range(len(self.members)):
-            mine = self.author == i
-            self.judged[i] += int((mine & verified).sum())
-            self.accepted[i] += int((mine & kept).sum())
+        for row, tried, kept in zip(self.pending, proposed.tolist(), accepted.tolist()):
+            for j, (author, confidence) in enumerate(row[: min(kept + 1, tried)]):
+                self.judged[author] += 1
+                self.accepted[author] += j < kept
+                self.schedule.judged(author, confidence, j < kept)

@@ -4,13 +4,14 @@ Shapes: N members, V vocabulary, `...` any leading dimensions (rows, pending pos
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from .config import EnsembleConfig
 
 
-def weighted_sum(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def weighted_sum(scores: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """
     sum_i w_i s_i, where -inf means that a processor (top-k, suppressed tokens, ...) removed a token for a member.
 
@@ -19,32 +20,42 @@ def weighted_sum(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     counts as their least probable kept one: an amateur's cut must not turn into infinite praise.
 
     Args:
-        scores (`torch.Tensor` `[N, ..., V]`): Logits or log-probabilities.
-        weights (`torch.Tensor` `[N]`): Of any sign.
+        scores (`Sequence[torch.Tensor]`, N tensors `[..., V]`): Logits or log-probabilities.
+        weights (`Sequence[float]`, N): Of any sign.
 
     Returns:
         `torch.Tensor` `[..., V]`: Logits, not normalised; -inf for removed tokens, never nan.
     """
-    weights = weights.view(-1, *[1] * (scores.dim() - 1))
-    removed = scores == -torch.inf
-    lowest = scores.masked_fill(removed, torch.inf).amin(-1, keepdim=True)  # of the kept ones
-    total = (weights * torch.where(removed, lowest, scores)).sum(0)
-    removed_by = (weights.clamp(min=0) * removed).sum(0)
+    total = _linear(scores, weights)
+    if total.device.type == "cpu" and total.isfinite().all():  # elsewhere, asking costs more than it saves
+        return total
+    removed = [member == -torch.inf for member in scores]
+    # Of the kept ones
+    lowest = [member.masked_fill(gone, torch.inf).amin(-1, keepdim=True) for member, gone in zip(scores, removed)]
+    total = _linear([torch.where(gone, low, member) for member, gone, low in zip(scores, removed, lowest)], weights)
+    removed_by = _linear([gone.to(total.dtype) for gone in removed], [max(weight, 0.0) for weight in weights])
     return total.masked_fill(removed_by > removed_by.amin(-1, keepdim=True), -torch.inf)
 
 
-def mixture(log_probs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def mixture(probs: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """
-    log sum_i w_i p_i.
+    sum_i w_i p_i.
 
     Args:
-        log_probs (`torch.Tensor` `[N, ..., V]`): Normalised log-probabilities; -inf allowed.
-        weights (`torch.Tensor` `[N]`): Non-negative, with a sum of one.
+        probs (`Sequence[torch.Tensor]`, N tensors `[..., V]`): Probabilities.
+        weights (`Sequence[float]`, N): Non-negative, with a sum of one.
 
     Returns:
-        `torch.Tensor` `[..., V]`: Normalised log-probabilities.
+        `torch.Tensor` `[..., V]`: Probabilities.
     """
-    return torch.logsumexp(log_probs + weights.log().view(-1, *[1] * (log_probs.dim() - 1)), dim=0)
+    return _linear(probs, weights)
+
+
+def _linear(terms: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    total = terms[0] * weights[0]
+    for term, weight in zip(terms[1:], weights[1:]):
+        total.add_(term, alpha=weight)
+    return total
 
 
 def exclude_implausible(scores: torch.Tensor, expert: torch.Tensor, plausibility: float) -> torch.Tensor:
@@ -66,18 +77,24 @@ def exclude_implausible(scores: torch.Tensor, expert: torch.Tensor, plausibility
     return scores.masked_fill(expert < cut, -torch.inf)
 
 
-def combine(scores: torch.Tensor, config: EnsembleConfig) -> torch.Tensor:
+def gives_probs(config: EnsembleConfig) -> bool:
+    """Whether `combine` returns probabilities, and not logits."""
+    return config.combine_on == "probs" and (callable(config.method) or config.method == "weighted")
+
+
+def combine(scores: Sequence[torch.Tensor], config: EnsembleConfig) -> torch.Tensor:
     """
     Combines the members' scores by `config.method`.
 
     Args:
-        scores (`torch.Tensor` `[N, ..., V]`):
+        scores (`Sequence[torch.Tensor]`, N tensors `[..., V]`):
             The members' logits, processed unless `config.combine_on` is `"raw_logits"`.
         config (`EnsembleConfig`):
             With its weights filled in (`EnsembleConfig.for_members`).
 
     Returns:
-        `torch.Tensor` `[..., V]`: Logits of the ensemble, not normalised.
+        `torch.Tensor` `[..., V]`: Of the ensemble; probabilities, which a callable need not have normalised, if
+        `gives_probs(config)`, else logits.
 
     Raises:
         `ValueError`: if a callable method returns another shape.
@@ -89,25 +106,24 @@ def combine(scores: torch.Tensor, config: EnsembleConfig) -> torch.Tensor:
     >>> from hf_spec_ensemble.combine import combine
 
     >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
-    >>> combine(members, EnsembleConfig(weights=[0.5, 0.5])).exp()
+    >>> combine(members, EnsembleConfig(weights=[0.5, 0.5]))
     tensor([0.7000, 0.3000])
     """
+    if gives_probs(config):
+        scores = [member.softmax(-1) for member in scores]
     if callable(config.method):
-        stacked = scores.softmax(-1) if config.combine_on == "probs" else scores
+        stacked = torch.stack(list(scores))
         combined = config.method(stacked)
-        if not isinstance(combined, torch.Tensor) or combined.shape != scores.shape[1:]:
+        if not isinstance(combined, torch.Tensor) or combined.shape != stacked.shape[1:]:
             got = tuple(combined.shape) if isinstance(combined, torch.Tensor) else type(combined).__name__
             raise ValueError(
-                f"The callable `method` must map the members' stacked tensors {tuple(scores.shape)} to a tensor "
-                f"{tuple(scores.shape[1:])}, but returned {got}."
+                f"The callable `method` must map the members' stacked tensors {tuple(stacked.shape)} to a tensor "
+                f"{tuple(stacked.shape[1:])}, but returned {got}."
             )
-        return combined.log() if config.combine_on == "probs" else combined
+        return combined
     if config.method == "contrastive":
-        contrasted = weighted_sum(scores, scores.new_tensor([1.0, -config.contrast]))
+        contrasted = weighted_sum(scores, [1.0, -config.contrast])
         return exclude_implausible(contrasted, scores[0], config.plausibility)
-    weights = scores.new_tensor(config.weights)
-    if config.method == "product":
-        return weighted_sum(scores, weights)
-    if config.combine_on == "probs":
-        return mixture(scores.log_softmax(-1), weights)
-    return weighted_sum(scores, weights)
+    if gives_probs(config):
+        return mixture(scores, config.weights)
+    return weighted_sum(scores, config.weights)

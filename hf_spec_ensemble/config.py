@@ -13,10 +13,10 @@ import torch
 
 CONFIG_NAME = "ensemble_config.json"
 
+AUTO = "auto"
 COMBINE_ON = ("probs", "logits", "raw_logits")
 COUPLINGS = ("maximal", "gumbel")
 DEFAULT_COMBINE_ON = {"weighted": "probs", "product": "raw_logits", "contrastive": "raw_logits"}
-LONGEST_DEFAULT = 5  # tokens; a longer proposal needs an acceptance that should not be taken for granted
 METHODS = tuple(DEFAULT_COMBINE_ON)
 
 
@@ -61,13 +61,14 @@ class EnsembleConfig:
         combine_on (`str`, *optional*):
             What is combined: `"probs"`, each member's processed probabilities; `"logits"`, each member's processed
             logits; `"raw_logits"`, the raw logits, so that the processors see the combination only.
-        num_assistant_tokens (`int` or `Sequence[int]`, *optional*):
-            Proposal lengths, >= 1: one for each member, or an int for the smallest member while the others propose 1.
-            Defaults to as many, at most 5, as cost half a pass of the largest member by their numbers of parameters,
-            and at least to 1.
+        num_assistant_tokens (`int`, `Sequence[int]` or `"auto"`, defaults to `"auto"`):
+            Proposal lengths, >= 1: one for each member, and last for a drafter if there is one, or an int for the
+            drafter or else the smallest member while the others propose 1. `"auto"` chooses who proposes and how much
+            as generation runs, from the measured costs of passes and the acceptance so far; where speculation gains
+            nothing it decodes as the standard ensemble. See `hf_spec_ensemble.auto.Auto`.
         alternate (`bool`, defaults to `True`):
-            Whether members alternate as proposer and verifier. `False`: the smallest member always proposes, which is
-            plain speculative decoding against r.
+            Whether members alternate as proposer and verifier. `False`: the drafter, or without one the smallest
+            member, always proposes, which is plain speculative decoding against r.
         coupling (`str`, defaults to `"maximal"`):
             How sampled proposals are judged (both exact; greedy decoding needs neither). `"maximal"`: accepted with
             probability min(1, r/q), otherwise replaced from the residual; the highest acceptance there is. `"gumbel"`:
@@ -95,7 +96,7 @@ class EnsembleConfig:
     contrast: float = 0.1
     plausibility: float = 0.0
     combine_on: str | None = None
-    num_assistant_tokens: int | Sequence[int] | None = None
+    num_assistant_tokens: int | Sequence[int] | str = AUTO
     alternate: bool = True
     coupling: str = "maximal"
     speculative: bool = True
@@ -148,25 +149,26 @@ class EnsembleConfig:
 
     def _check_lengths(self) -> None:
         lengths = self.num_assistant_tokens
-        if lengths is None or _is_length(lengths):
+        if lengths == AUTO or _is_length(lengths):
             return
         if isinstance(lengths, (list, tuple)) and lengths and all(_is_length(length) for length in lengths):
             self.num_assistant_tokens = list(lengths)
             return
         raise ValueError(
-            "`num_assistant_tokens` must be an int >= 1 (for the smallest member; the others propose 1) or a list of "
-            f"ints >= 1, one for each member, but is {lengths!r}."
+            "`num_assistant_tokens` must be 'auto', an int >= 1 (for the smallest member; the others propose 1) or a "
+            f"list of ints >= 1, one for each member, but is {lengths!r}."
         )
 
-    def for_members(self, sizes: Sequence[int]) -> "EnsembleConfig":
+    def for_members(self, n: int, drafters: int = 0) -> "EnsembleConfig":
         """
-        This config with everything that depends on the members filled in and checked.
+        This config with its weights filled in, checked against the number of members.
 
         Args:
-            sizes (`Sequence[int]`): Numbers of parameters, one for each of the N >= 2 members.
+            n (`int`): Members, >= 2.
+            drafters (`int`): Models or generators that propose and are not part of the ensemble.
 
         Returns:
-            `EnsembleConfig`: `weights` and `num_assistant_tokens` have N entries.
+            `EnsembleConfig`: `weights` has N entries for the methods that use it.
 
         Raises:
             `ValueError`: if N does not suit the method, the weights or the proposal lengths.
@@ -175,10 +177,9 @@ class EnsembleConfig:
 
         >>> from hf_spec_ensemble import EnsembleConfig
 
-        >>> EnsembleConfig().for_members([7_000, 1_000]).num_assistant_tokens
-        [1, 3]
+        >>> EnsembleConfig().for_members(2).weights
+        [0.5, 0.5]
         """
-        n = len(sizes)
         if n < 2:
             raise ValueError(f"An ensemble needs at least two members, but has {n}: pass `assistant_model`.")
         if self.method == "contrastive" and n != 2:
@@ -195,17 +196,12 @@ class EnsembleConfig:
                 f"{len(weights)}: {weights}."
             )
         lengths = self.num_assistant_tokens
-        if lengths is None:
-            lengths = max(1, min(LONGEST_DEFAULT, max(sizes) // (2 * min(sizes))))
-        if isinstance(lengths, int):
-            smallest = min(range(n), key=sizes.__getitem__)
-            lengths = [lengths if i == smallest else 1 for i in range(n)]
-        if len(lengths) != n:
+        if isinstance(lengths, list) and len(lengths) != n + drafters:
             raise ValueError(
-                f"`num_assistant_tokens` must be an int or have one entry for each of the {n} members, but has "
-                f"{len(lengths)}: {lengths}."
+                f"`num_assistant_tokens` must be 'auto', an int or have one entry for each of the {n} members"
+                f"{' and the drafter' if drafters else ''}, but has {len(lengths)}: {lengths}."
             )
-        return replace(self, weights=weights, num_assistant_tokens=lengths)
+        return replace(self, weights=weights)
 
     def to_dict(self) -> dict[str, Any]:
         """

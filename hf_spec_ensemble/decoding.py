@@ -9,16 +9,20 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
+from .auto import Auto, Memory
 from .candidates import EnsembleCandidateGenerator, assistant_kwargs
 from .config import EnsembleConfig
 from .distribution import EnsembleDistribution
 from .drawing import Gumbel, drawing_rule
+from .estimates import Acceptance, pass_costs, remembered
 from .logits_process import EnsembleLogitsProcessor
 from .member import Member, can_roll_back
 from .output import EnsembleDecoderOnlyOutput, EnsembleStats, Transcript, pads_finished_rows
 from .processing import PositionwiseProcessor
-from .schedule import Schedule
-from .validate import STANDARD, assistant_list, check_call, check_members, shared_vocabulary
+from .roles import Roles
+from .schedule import Schedule, Turns
+from .theory import predict
+from .validate import STANDARD, assistant_list, check_call, check_members, shared_vocabulary, warn_once
 
 
 @torch.no_grad()
@@ -32,6 +36,7 @@ def ensemble_decoding(
     streamer: BaseStreamer | None = None,
     assistant_models: PreTrainedModel | list[PreTrainedModel] | None = None,
     ensemble_config: EnsembleConfig | None = None,
+    drafter: PreTrainedModel | None = None,
     **model_kwargs,
 ) -> EnsembleDecoderOnlyOutput | torch.LongTensor:
     r"""
@@ -44,6 +49,8 @@ def ensemble_decoding(
             The other members.
         ensemble_config (`EnsembleConfig`, *optional*):
             Defaults to `EnsembleConfig()`.
+        drafter (`PreTrainedModel`, *optional*):
+            Proposes, and is no part of the ensemble.
 
     Returns:
         `torch.LongTensor` `[B, T]`, or with `return_dict_in_generate=True` an `EnsembleDecoderOnlyOutput` (from beam
@@ -72,31 +79,36 @@ def ensemble_decoding(
     torch.Size([1, 7])
     """
     assistants = assistant_list(assistant_models)
-    config = check_members([model, *assistants], ensemble_config or EnsembleConfig())
+    config = check_members([model, *assistants], ensemble_config or EnsembleConfig(), drafter)
     check_call(config, generation_config, logits_processor, model_kwargs)
     decode = _speculative if config.speculative else _standard
     return decode(
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-        config, model_kwargs,
+        drafter, config, model_kwargs,
     )  # fmt: skip
 
 
 def _speculative(
-    model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants, config,
-    model_kwargs,
+    model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
+    drafter, config, model_kwargs,
 ):  # fmt: skip
     if synced_gpus:
         raise ValueError(f"`synced_gpus=True` is not supported by a speculative ensemble: use {STANDARD}.")
-    prepared = assistant_kwargs(assistants, input_ids, generation_config, model_kwargs)
-    members = [Member(m, kwargs, input_ids) for m, kwargs in zip([model, *assistants], [model_kwargs, *prepared])]
-    for member in members:
-        if not can_roll_back(member.cache):
-            layers = sorted({type(layer).__name__ for layer in member.cache.layers})
+    models = [model, *assistants, *([] if drafter is None else [drafter])]
+    roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]], drafter is not None)
+    prepared = [model_kwargs, *assistant_kwargs(models[1:], input_ids, generation_config, model_kwargs)]
+    authors = [Member(models[i], prepared[i], input_ids) for i in roles.order]
+    for author in authors:
+        if not can_roll_back(author.cache):
+            layers = sorted({type(layer).__name__ for layer in author.cache.layers})
             raise ValueError(
                 "A speculative ensemble takes back rejected tokens, which the cache of a "
-                f"{type(member.model).__name__} cannot ({type(member.cache).__name__} with {layers}): use the "
+                f"{type(author.model).__name__} cannot ({type(author.cache).__name__} with {layers}): use the "
                 f"default cache, or {STANDARD}."
             )
+    members = authors[: roles.members]
+    vocabulary = shared_vocabulary([member.model for member in members])
+    schedule = _schedule(config, roles, authors, len(input_ids), generation_config.do_sample)
     pad = generation_config._pad_token_tensor
     has_eos = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
     output_dict = generation_config.return_dict_in_generate
@@ -104,17 +116,18 @@ def _speculative(
     output_logits = bool(output_dict and generation_config.output_logits)
 
     process = PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad))
-    sizes = [member.model.num_parameters() for member in members]
     candidates_of = EnsembleCandidateGenerator(
         members,
+        authors[roles.members :],
         input_ids,
-        EnsembleDistribution(config, process, shared_vocabulary([model, *assistants]), input_ids.device),
+        EnsembleDistribution(roles.config(config), process, vocabulary, input_ids.device),
         drawing_rule(generation_config.do_sample, config.coupling),
-        Schedule(tuple(config.num_assistant_tokens), sizes.index(min(sizes)), config.alternate),
+        schedule,
         generation_config,
         model_kwargs,
         max_length=stopping_criteria.max_length or generation_config.max_length,
         stop_tokens=generation_config._eos_token_tensor if has_eos else None,
+        keep_scores=output_scores,
         keep_logits=output_logits,
     )
     transcript = Transcript(input_ids, stopping_criteria, streamer, pad, output_scores, output_logits)
@@ -127,7 +140,7 @@ def _speculative(
         # 2. Verify against the ensemble's distribution
         position = candidates_of.verified - prompt_length
         accepted, emitted = candidates_of.drawing.verify(
-            candidates.tokens, candidates.log_q, candidates.log_r, candidates.proposed, position
+            candidates.tokens, candidates.q, candidates.r, candidates.proposed, position
         )
         # 3. Keep what holds, roll back what was built on what does not
         gained = candidates_of.update_candidate_strategy(emitted, candidates, accepted)
@@ -142,12 +155,13 @@ def _speculative(
         return transcript.sequences
     stats = EnsembleStats(
         new_tokens=transcript.new_tokens,
-        forward_passes=[member.passes for member in members],
-        proposed=candidates_of.proposed,
-        verified=candidates_of.judged,
-        accepted=candidates_of.accepted,
-        member_seconds=[member.stopwatch.seconds for member in members],
+        forward_passes=roles.in_callers_order(author.passes for author in authors),
+        proposed=roles.in_callers_order(candidates_of.proposed),
+        verified=roles.in_callers_order(candidates_of.judged),
+        accepted=roles.in_callers_order(candidates_of.accepted),
+        member_seconds=roles.in_callers_order(author.stopwatch.seconds for author in authors),
         seconds=time.perf_counter() - start,
+        predicted_speedup=_predicted_speedup(schedule, candidates_of, len(input_ids)),
     )
     return EnsembleDecoderOnlyOutput(
         sequences=transcript.sequences,
@@ -158,8 +172,33 @@ def _speculative(
     )
 
 
+def _schedule(config: EnsembleConfig, roles: Roles, authors: list[Member], batch: int, do_sample: bool) -> Schedule:
+    lengths = roles.lengths(config)
+    if lengths is not None:
+        return Turns(lengths, roles.smallest, roles.members)
+    ensemble = (
+        config.method, tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
+        config.coupling, config.alternate, do_sample, batch,
+    )  # fmt: skip
+    models = [author.model for author in authors]
+    memory = remembered(models, ensemble, lambda: Memory([Acceptance() for _ in authors]))
+    costs = [pass_costs(model) for model in models]
+    return Auto(memory, costs, batch, roles.members, roles.may_propose(config), roles.smallest)
+
+
+def _predicted_speedup(schedule: Schedule, candidates_of: EnsembleCandidateGenerator, batch: int) -> float | None:
+    """What `theory.predict` expects of the schedule's lengths, given this call's acceptance and the measured costs."""
+    turns = schedule.turns
+    costs = [pass_costs(author.model) for author in candidates_of.authors]
+    if any(author_costs.measured(batch, 1) is None for author_costs in costs[: turns.members]):
+        return None
+    judged, kept = candidates_of.judged, candidates_of.accepted
+    acceptance = [kept[i] / judged[i] if judged[i] else 0.0 for i in range(len(costs))]
+    return predict(turns, acceptance, lambda author, width: costs[author].seconds(batch, width)).speedup
+
+
 class _SharedNoise(LogitsProcessor):
-    """Adds the positions' Gumbel noise, so that the argmax is the draw; keeps the log-probabilities without it."""
+    """Divides probabilities by the positions' noise, so that the argmax is the draw; keeps the log-probabilities."""
 
     def __init__(self, prompt_length: int, keep: bool):
         self.drawing = Gumbel()
@@ -171,7 +210,8 @@ class _SharedNoise(LogitsProcessor):
         if self.keep:
             self.log_probs += (scores,)
         position = torch.full((len(input_ids),), input_ids.shape[1] - self.prompt_length)
-        return scores + self.drawing.noise(scores[:, None], position)[:, 0]
+        drawn = self.drawing.propose(scores.exp(), position)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
 
 class _Criteria(StoppingCriteriaList):
@@ -194,13 +234,19 @@ class _Criteria(StoppingCriteriaList):
 
 
 def _standard(
-    model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants, config,
-    model_kwargs,
+    model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
+    drafter, config, model_kwargs,
 ):  # fmt: skip
     beams = generation_config.num_beams or 1
     shares_noise = generation_config.do_sample and config.coupling == "gumbel"
     if beams > 1 and shares_noise:
         raise ValueError(f"`coupling='gumbel'` has no meaning in beam search (`num_beams` = {beams}): use 'maximal'.")
+    if drafter is not None:
+        warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
+    roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]])
+    if roles.members > 1:  # the others have no weight
+        config = roles.config(config)
+        assistants = [[model, *assistants][i] for i in roles.order[1 : roles.members]]
     pad = generation_config._pad_token_tensor
     ensemble = EnsembleLogitsProcessor.for_generate(
         model,
@@ -209,6 +255,7 @@ def _standard(
         process=PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad)),
         assistant_kwargs=assistant_kwargs(assistants, input_ids, generation_config, model_kwargs),
         normalize=beams > 1,
+        form="log_probs" if beams > 1 or generation_config.do_sample or generation_config.output_scores else "scores",
     )
     processors = LogitsProcessorList([ensemble])
     noise = None
@@ -235,7 +282,7 @@ def _standard(
     if shares_noise and output.scores is not None:
         output["scores"] = noise.log_probs
     seconds = time.perf_counter() - start
-    steps = ensemble.passes[0]
+    steps, inside = ensemble.passes[0], ensemble.seconds
     stats = EnsembleStats(
         new_tokens=criteria.new_tokens,
         forward_passes=[steps, *ensemble.passes],
@@ -243,6 +290,6 @@ def _standard(
         verified=[0] * (1 + len(assistants)),
         accepted=[0] * (1 + len(assistants)),
         seconds=seconds,
-        member_seconds=[seconds - sum(ensemble.seconds), *ensemble.seconds],
+        member_seconds=[seconds - sum(inside), *inside],
     )
     return EnsembleDecoderOnlyOutput(**output, stats=stats)

@@ -1,10 +1,11 @@
 """Proposal and ensemble distributions for pending positions: the members' logits, the processors and the config."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from .combine import combine
+from .combine import combine, gives_probs
 from .config import EnsembleConfig
 from .processing import PositionwiseProcessor
 
@@ -37,36 +38,55 @@ class EnsembleDistribution:
         if logits.shape[-1] == self.width == self.shared:
             return logits
         padded = logits.new_full((*logits.shape[:-1], self.width), -torch.inf)
-        padded[..., : self.shared] = logits[..., : self.shared]
+        known = min(self.shared, logits.shape[-1])  # a drafter may know less than the members share
+        padded[..., :known] = logits[..., :known]
         return padded
 
     def evidence(self, logits: torch.Tensor, ids, first, count) -> torch.Tensor:
         """A member's aligned logits `[B, K, V]` in the form that is combined; see `PositionwiseProcessor`."""
         return logits if self.config.combine_on == "raw_logits" else self.process(logits, ids, first, count)
 
-    def proposal(self, evidence: torch.Tensor, ids, first, count) -> torch.Tensor:
-        """log q = log softmax(process(logits)) of one member, `[B, K, V]`, from its evidence."""
+    def proposal(self, evidence: torch.Tensor, ids, first, count, form: str) -> torch.Tensor:
+        """q = softmax(process(logits)) of one member, `[B, K, V]`, from its evidence; `form` as for `target`."""
         if self.config.combine_on == "raw_logits":
             evidence = self.process(evidence, ids, first, count)
-        return evidence.log_softmax(-1)
+        return self._as(form, evidence, are_probs=False)
 
-    def target(self, evidence: torch.Tensor, ids, first, count) -> torch.Tensor:
+    def target(self, evidence: Sequence[torch.Tensor], ids, first, count, form: str) -> torch.Tensor:
         """
-        log r, `[B, K, V]`, from all members' evidence `[N, B, K, V]`. Where the processors forbid every token that the
+        r, `[B, K, V]`, from all N members' evidence `[B, K, V]`. Where the processors forbid every token that the
         plausibility cut leaves (a minimum length, say, when only the end is plausible), there is no cut.
+
+        Args:
+            form (`str`): `"probs"`, `"log_probs"`, or `"scores"`: anything with the same maximum, which is cheapest.
         """
-        scores = self._combined(evidence, self.config, ids, first, count)
+        combined = self._combined(evidence, self.config, ids, first, count)
         if self.config.plausibility > 0 and self.config.combine_on == "raw_logits":
-            empty = (scores == -torch.inf).all(-1, keepdim=True)
+            empty = (combined == -torch.inf).all(-1, keepdim=True)
             if empty.any():
                 uncut = self._combined(evidence, replace(self.config, plausibility=0.0), ids, first, count)
-                scores = torch.where(empty, uncut, scores)
-        return scores.log_softmax(-1)
+                combined = torch.where(empty, uncut, combined)
+        return self._as(form, combined, gives_probs(self.config))
 
     def _combined(self, evidence, config, ids, first, count) -> torch.Tensor:
         if callable(config.method) and self.shared < self.width:  # a user's function sees no padding
-            combined = evidence.new_full(evidence.shape[1:], -torch.inf)
-            combined[..., : self.shared] = combine(evidence[..., : self.shared], config)
+            known = combine([scores[..., : self.shared] for scores in evidence], config)
+            combined = evidence[0].new_full(evidence[0].shape, 0.0 if gives_probs(config) else -torch.inf)
+            combined[..., : self.shared] = known
         else:
             combined = combine(evidence, config)
         return self.process(combined, ids, first, count) if config.combine_on == "raw_logits" else combined
+
+    def _as(self, form: str, values: torch.Tensor, are_probs: bool) -> torch.Tensor:
+        if form == "scores":
+            return values
+        if not are_probs:
+            return values.log_softmax(-1) if form == "log_probs" else values.softmax(-1)
+        if callable(self.config.method):
+            values = values / values.sum(-1, keepdim=True)
+        return values.log() if form == "log_probs" else values
+
+
+def top_prob(values: torch.Tensor, form: str) -> torch.Tensor:
+    """The probability `[...]` of the most probable token of q `[..., V]`, given in this form."""
+    return values.amax(-1) if form == "probs" else (values.amax(-1) - values.logsumexp(-1)).exp()

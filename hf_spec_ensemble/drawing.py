@@ -2,60 +2,80 @@
 
 Each rule is an object with
 
-- `propose(log_q [B, V], position [B]) -> tokens [B]`,
-- `verify(tokens [B, K], log_q [B, K, V], log_r [B, K, V], proposed [B], position [B]) -> accepted [B], emitted [B]`
-  as in `verify.verify_maximal`,
+- `form`, what q and r are given as: `"probs"`, or `"scores"`, anything with the same maximum,
+- `propose(q [B, V], position [B]) -> tokens [B]`,
+- `verify(tokens [B, K], q [B, K, V], r [B, K, V], proposed [B], position [B]) -> accepted [B], emitted [B]` as in
+  `verify.verify_maximal`; q only where `needs_q`,
 
 where `position[b]` counts the tokens generated before the (first) one in question, on the CPU.
 """
 
 import torch
 
-from .padded import columns
-from .verify import gumbel_noise, verify_maximal, verify_shared_noise
+from .verify import draw, exponential_noise, verify_match, verify_maximal
 
 
 class Greedy:
     """argmax q is proposed, argmax r is emitted."""
 
-    needs_proposal_probs = False
+    form = "scores"
+    needs_q = False
 
-    def propose(self, log_q, position):
-        return (log_q + self.noise(log_q[:, None], position).squeeze(1)).argmax(-1)
+    def propose(self, q, position):
+        return q.argmax(-1)
 
-    def verify(self, tokens, log_q, log_r, proposed, position):
-        return verify_shared_noise(tokens, log_r, proposed, self.noise(log_r, position))
-
-    def noise(self, like: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """The noise `[B, K, V]` of K positions from `position[b]` on."""
-        return like.new_zeros(1, 1, 1)
+    def verify(self, tokens, q, r, proposed, position):
+        return verify_match(tokens, r.argmax(-1), proposed)
 
 
-class Gumbel(Greedy):
-    """argmax(log q + g) is proposed, argmax(log r + g) is emitted, g being the position's noise."""
+class Gumbel:
+    """argmax(log q + g) is proposed, argmax(log r + g) is emitted, g being the position's Gumbel noise."""
+
+    form = "probs"
+    needs_q = False
 
     def __init__(self):
         # The only draw from torch's global generator: all noise follows from it
         self.seed = int(torch.randint(2**63 - 1, ()))
+        self._noise: dict[tuple[int, int], torch.Tensor] = {}  # by row and position: drawn with, then verified with
 
-    def noise(self, like, position):
-        rows = torch.arange(like.shape[0])[:, None]
-        positions = columns(position, like.shape[1])
-        device = "cpu" if like.device.type == "mps" else like.device  # float64 does not exist there
-        return gumbel_noise(self.seed, rows.to(device), positions.to(device), like.shape[2]).to(like)
+    def propose(self, q, position):
+        return self.pick(q[:, None], position)[:, 0]
+
+    def verify(self, tokens, q, r, proposed, position):
+        target = self.pick(r, position)
+        first = position.tolist()
+        self._noise = {key: noise for key, noise in self._noise.items() if key[1] > first[key[0]]}
+        return verify_match(tokens, target, proposed)
+
+    def pick(self, probs: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The draws `[B, K]` from `[B, K, V]` with the noise of K positions from `position[b]` on."""
+        keys = [(row, int(first) + j) for row, first in enumerate(position) for j in range(probs.shape[1])]
+        missing = [key for key in keys if key not in self._noise]
+        if missing:
+            device = "cpu" if probs.device.type == "mps" else probs.device  # no float64 there
+            rows, positions = torch.tensor(missing, device=device).T
+            noise = exponential_noise(self.seed, rows, positions, probs.shape[2])
+            self._noise |= dict(zip(missing, noise.to(probs)))
+        noise = torch.stack([self._noise[key] for key in keys]) if len(keys) > 1 else self._noise[keys[0]]
+        return (probs / noise.view(probs.shape)).argmax(-1)
 
 
 class Maximal:
     """x ~ q is kept with probability min(1, r(x) / q(x)), else replaced from the residual."""
 
-    needs_proposal_probs = True
+    form = "probs"
+    needs_q = True
 
-    def propose(self, log_q, position):
-        return torch.multinomial(log_q.exp(), 1).squeeze(-1)
+    def propose(self, q, position):
+        return draw(q, self._uniforms(q, len(q)))
 
-    def verify(self, tokens, log_q, log_r, proposed, position):
-        uniforms = torch.rand(tokens.shape, device=log_r.device, dtype=log_r.dtype)
-        return verify_maximal(tokens, log_q, log_r, proposed, uniforms)
+    def verify(self, tokens, q, r, proposed, position):
+        return verify_maximal(tokens, q, r, proposed, self._uniforms(r, len(tokens), tokens.shape[1] + 1))
+
+    def _uniforms(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        dtype = torch.float32 if like.device.type == "mps" else torch.float64
+        return torch.rand(shape, device=like.device, dtype=dtype)
 
 
 def drawing_rule(do_sample: bool, coupling: str) -> Greedy | Gumbel | Maximal:

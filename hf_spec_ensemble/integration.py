@@ -60,7 +60,8 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
 
     config = arguments.pop("ensemble_config")
     assistants = assistant_list(arguments.pop("assistant_model", None))
-    check_members([model, *assistants], config)  # before anything else may go wrong, or take time
+    drafter = arguments.pop("drafter", None)
+    check_members([model, *assistants], config, drafter)  # before anything else may go wrong, or take time
     if arguments.pop("assistant_tokenizer", None) is not None:
         raise ValueError("`assistant_tokenizer` is not supported with `ensemble_config`: members share one tokenizer.")
 
@@ -69,6 +70,7 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
         ensemble_decoding,
         assistant_models=assistants,
         ensemble_config=config,
+        drafter=drafter,
         streamer=arguments.get("streamer"),
         synced_gpus=bool(arguments.get("synced_gpus")),
     )

@@ -5,7 +5,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .config import EnsembleConfig
 from .distribution import EnsembleDistribution
-from .member import Member
+from .member import Member, Stopwatch
 from .processing import PositionwiseProcessor
 from .validate import assistant_list, check_members, shared_vocabulary
 
@@ -69,13 +69,14 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         )
         self.assistant_kwargs: list[dict] | None = None
         self.normalize = False
+        self.form = "log_probs"
         self.members: list[Member] = []
         self.passes = [0] * len(self.assistants)
-        self.seconds = [0.0] * len(self.assistants)
+        self._stopwatches: list[list[Stopwatch]] = [[] for _ in self.assistants]
         self._previous: torch.Tensor | None = None  # [B, T]: the tokens that the caches hold
 
     @classmethod
-    def for_generate(cls, model, assistant_models, ensemble_config, process, assistant_kwargs, normalize):
+    def for_generate(cls, model, assistant_models, ensemble_config, process, assistant_kwargs, normalize, form):
         """
         The processor behind `EnsembleConfig(speculative=False)`: it gets raw scores and applies the call's processors
         itself, to every member or to the combination as `combine_on` says.
@@ -84,12 +85,19 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             process (`PositionwiseProcessor`): The call's logits processors.
             assistant_kwargs (`list[dict]`): What each assistant's `forward` is given for the prompt.
             normalize (`bool`): Whether the scores are log-probabilities, as in beam search, and not logits.
+            form (`str`): Of what it returns, as for `EnsembleDistribution.target`.
         """
         processor = cls(model, assistant_models, ensemble_config)
         processor.distribution.process = process
         processor.assistant_kwargs = assistant_kwargs
         processor.normalize = normalize
+        processor.form = form
         return processor
+
+    @property
+    def seconds(self) -> list[float]:
+        """Spent inside the assistants' forward passes, by assistant."""
+        return [sum(stopwatch.seconds for stopwatch in stopwatches) for stopwatches in self._stopwatches]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """
@@ -98,15 +106,13 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             scores (`torch.Tensor` `[B, V]`): The main model's for the next token.
 
         Returns:
-            `torch.Tensor` `[B, V]`: log r, normalised.
+            `torch.Tensor` `[B, V]`: log r.
         """
         self._follow(input_ids)
         end = torch.full((len(input_ids),), input_ids.shape[1])
         logits = [scores[:, None]]  # [B, 1, V] each
         for i, member in enumerate(self.members):
-            before = member.stopwatch.seconds
             logits.append(member.score(input_ids, end)[:, -1:])
-            self.seconds[i] += member.stopwatch.seconds - before
             self.passes[i] += 1
             member.settled = end  # nothing is ever forgotten
         self._previous = input_ids
@@ -114,8 +120,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         if self.normalize:
             aligned = [x.log_softmax(-1) for x in aligned]
         position = (input_ids, end, torch.ones_like(end))
-        evidence = torch.stack([self.distribution.evidence(x, *position) for x in aligned])
-        return self.distribution.target(evidence, *position)[:, 0]
+        evidence = [self.distribution.evidence(x, *position) for x in aligned]
+        return self.distribution.target(evidence, *position, self.form)[:, 0]
 
     def _follow(self, input_ids: torch.Tensor) -> None:
         """Makes the caches hold `input_ids[:, :-1]`, or be empty."""
@@ -125,6 +131,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
                 Member(model, kwargs, input_ids)
                 for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
             ]
+            for stopwatches, member in zip(self._stopwatches, self.members):
+                stopwatches.append(member.stopwatch)
         elif (parents != torch.arange(len(parents))).any():
             for member in self.members:
                 member.reorder(parents)

@@ -2,6 +2,8 @@
 
 import inspect
 import time
+from collections import deque
+from collections.abc import Hashable
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,35 +23,53 @@ OWN_KWARGS = ("attention_mask", "position_ids", "past_key_values", "logits_to_ke
 
 
 class Stopwatch:
-    """Adds up seconds between `start` and `stop`; with device events on a GPU, so that measuring waits for nothing."""
+    """
+    Adds up seconds between `start` and `stop`; with device events on a GPU, so that measuring waits for nothing.
+
+    `laps()` gives, once, each measurement with the label given to `stop`, those known by now.
+    """
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.on_gpu = device.type == "cuda"
         self._seconds = 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._events: deque[tuple[Hashable, torch.Event, torch.Event]] = deque()
+        self._laps: list[tuple[Hashable, float]] = []
 
     def start(self) -> None:
-        if self.on_gpu:
-            self._begin = torch.cuda.Event(enable_timing=True)
-            self._begin.record()
-        else:
-            self._begin = time.perf_counter()
+        self._begin = self._record() if self.on_gpu else time.perf_counter()
 
-    def stop(self) -> None:
+    def stop(self, label: Hashable = None) -> None:
         if self.on_gpu:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            self._events.append((self._begin, end))
+            self._events.append((label, self._begin, self._record()))
         else:
-            self._seconds += time.perf_counter() - self._begin
+            self._lap(label, time.perf_counter() - self._begin)
+
+    def laps(self) -> list[tuple[Hashable, float]]:
+        while self._events and self._events[0][2].query():
+            self._take_event()
+        laps, self._laps = self._laps, []
+        return laps
 
     @property
     def seconds(self) -> float:
-        for begin, end in self._events:
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1000
-        self._events.clear()
+        while self._events:
+            self._events[0][2].synchronize()
+            self._take_event()
         return self._seconds
+
+    def _record(self) -> torch.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _take_event(self) -> None:
+        label, begin, end = self._events.popleft()
+        self._lap(label, begin.elapsed_time(end) / 1000)
+
+    def _lap(self, label: Hashable, seconds: float) -> None:
+        self._seconds += seconds
+        self._laps.append((label, seconds))
 
 
 class Member:
@@ -94,13 +114,14 @@ class Member:
         self._takes_logits_to_keep = model._supports_logits_to_keep()
         self._sliding = [layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
 
-    def score(self, ids: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    def score(self, ids: torch.Tensor, end: torch.Tensor, width: int = 0) -> torch.Tensor:
         """
         Runs one forward pass over the tokens `ids[b, seen[b]:end[b]]`, the whole prompt among them the first time.
 
         Args:
             ids (`torch.LongTensor` `[B, >= max(end)]`): The rows' tokens, prompt included.
             end (`torch.LongTensor` `[B]`, CPU): `seen` after the pass. Rows with `end[b] == seen[b]` read nothing.
+            width (`int`): Least number of tokens to run over in each row, padded by any tokens, which are forgotten.
 
         Returns:
             `torch.Tensor` `[B, K, V]`, the model's dtype and device: logits after each token read. Of the prompt's only
@@ -108,14 +129,16 @@ class Member:
         """
         self._tidy()
         count = (end - self.seen).clamp(min=0)
-        width = int(count.max())
-        index = columns(self.seen, width)  # [B, K]
+        needed = int(count.max())
+        width = max(needed, width)
+        index = columns(self.seen, width)  # [B, W]
         real = index < end[:, None]
         first_pass = self.visible.shape[1] == 0
-        now_visible = real & pick(self.prompt_visible, index) if first_pass else real
-        if first_pass and width > self.prompt_length:
-            now_visible[:, self.prompt_length :] = real[:, self.prompt_length :]
-        visible = torch.cat([self.visible, now_visible], dim=1)  # [B, S + K]
+        if first_pass:
+            real[:, : self.prompt_length] &= self.prompt_visible
+        # Padding behind a row's tokens need not be hidden from them: attention is causal
+        ahead = real if first_pass else torch.ones_like(real)
+        visible = torch.cat([self.visible, ahead], dim=1)  # [B, S + W]
 
         device = self.model.device
         chunk = pick(ids, index).to(device)
@@ -138,12 +161,12 @@ class Member:
         with self._within_windows():
             self.stopwatch.start()
             logits = self.model(**inputs, return_dict=True).logits[:, -keep:]
-            self.stopwatch.stop()
+            self.stopwatch.stop(None if first_pass else width)
 
-        self.visible = visible
+        self.visible = torch.cat([self.visible, real], dim=1)
         self.seen = self.seen + count
         self.passes += 1
-        return logits
+        return logits[:, : logits.shape[1] - (width - needed)]
 
     def _prompt_positions(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """As given or, since the other members need not take the same arguments as the main model, from the mask."""

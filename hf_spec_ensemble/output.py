@@ -10,7 +10,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 @dataclass
 class EnsembleStats:
     """
-    What a call did. Lists have one entry for each member, in the order `[model, *assistant_models]`.
+    What a call did. Lists have one entry for each member, in the order `[model, *assistant_models]`, and last one for a
+    drafter if there is one.
 
     Args:
         new_tokens (`int`): Tokens generated, over all rows.
@@ -21,6 +22,9 @@ class EnsembleStats:
         seconds (`float`): From the first forward pass to the last token.
         member_seconds (`list[float]`): Inside the forward passes. For the standard ensemble the main model's entry also
             holds the rest of transformers' own loop.
+        predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, as `theory.predict` has
+            it for this acceptance, the costs measured in this process and the proposal lengths (the last plan's if they
+            choose themselves); `None` where costs are not known.
 
     Example:
 
@@ -37,6 +41,7 @@ class EnsembleStats:
     accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0
     member_seconds: list[float] = field(default_factory=list)
+    predicted_speedup: float | None = None
 
     @property
     def acceptance(self) -> list[float | None]:

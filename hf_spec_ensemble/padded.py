@@ -17,12 +17,21 @@ def pick(padded: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return padded[torch.arange(len(padded), device=padded.device)[:, None], index]
 
 
+def window(padded: torch.Tensor, first: torch.Tensor, width: int) -> torch.Tensor:
+    """`padded[b, first[b] : first[b] + width]`: `[B, K, ...]` -> `[B, width, ...]`; past the end, the last column."""
+    start = int(first[0])
+    if start + width <= padded.shape[1] and (len(first) == 1 or (first == start).all()):
+        return padded[:, start : start + width]
+    return pick(padded, columns(first, width))
+
+
 def append(padded: torch.Tensor | None, lengths: torch.Tensor, new: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     """Puts the first `added[b]` columns of `new` `[B, K', ...]` behind the first `lengths[b]` of `padded`."""
+    if (lengths == lengths[0]).all() and (added == added[0]).all():
+        new = new[:, : int(added[0])]
+        return torch.cat([padded[:, : int(lengths[0])], new], dim=1) if padded is not None and lengths[0] else new
     if padded is None:
         return new
-    if (lengths == lengths[0]).all() and (added == added[0]).all():
-        return torch.cat([padded[:, : lengths[0]], new[:, : added[0]]], dim=1)
     out = padded.new_zeros(len(new), int((lengths + added).max()), *new.shape[2:])
     out[:, : padded.shape[1]] = padded[:, : out.shape[1]]
     rows, source = (torch.arange(new.shape[1]) < added[:, None]).nonzero(as_tuple=True)

@@ -4,55 +4,123 @@ That last point is what makes any schedule exact: whether a position is proposed
 token is drawn.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import torch
+
+@dataclass
+class Situation:
+    """
+    What a schedule decides on. There are A authors, those that propose: the N members, then perhaps a drafter.
+
+    Args:
+        current (`int`, *optional*): The author that ran last; `None` before the first pass.
+        turn (`int`): Its consecutive runs so far.
+        lag (`list[list[int]]`, A x B): Tokens of each row that each author has not seen and has to read.
+        pending (`list[list[tuple[int, float]]]`, B x any): Author and confidence of the proposals of each row that
+            await verification. The confidence is the probability of the author's most probable token there.
+        open (`list[bool]`, B): Whether another token may be proposed in this row.
+    """
+
+    current: int | None
+    turn: int
+    lag: list[list[int]]
+    pending: list[list[tuple[int, float]]] = field(default_factory=list)
+    open: list[bool] = field(default_factory=lambda: [True])
+
+
+class Schedule:
+    """
+    What decides who runs, who proposes and how wide a pass is; told of what came of it.
+
+    Subclasses define `proposes` and `next`; the rest does nothing unless overridden.
+    """
+
+    def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> bool:
+        """
+        Whether the author that ran last proposes a token in the rows that are open and of which it has seen all.
+
+        Args:
+            confidence (`Sequence[float]`, B): As in `Situation.pending`, of the proposals in question; `None` for rows
+                in which none can be made.
+        """
+        raise NotImplementedError
+
+    def next(self, situation: Situation) -> tuple[int, int]:
+        """The author that runs now, and its consecutive runs with this one. Some member has something to read."""
+        raise NotImplementedError
+
+    def width(self, author: int, width: int) -> int:
+        """How many tokens a row a pass should read that has `width` of them to read: as many, or padded to more."""
+        return width
+
+    def ran(self, author: int, seconds: float) -> None:
+        """A pass took so long."""
+
+    def judged(self, author: int, confidence: float, kept: bool) -> None:
+        """A proposal was verified."""
+
+    def advanced(self, tokens: float) -> None:
+        """A round has ended, in which rows have gained so many tokens on average."""
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Turns(Schedule):
     """
-    Takes turns: a member runs as many passes as its proposal length, then the member that lags most takes over.
+    The schedule of fixed proposal lengths: an author runs as often as its length, then the member that lags most takes
+    over, with a drafter's turn before each member's. When all members lag alike, at the start and after every row had
+    a token drawn from r, the first one begins again.
 
     Args:
-        lengths (`tuple[int, ...]`): Proposal lengths, one for each of the N members.
-        proposer (`int`): The member that begins, and begins again after a rejection: the smallest.
-        alternate (`bool`): Whether the others propose too.
+        lengths (`tuple[int, ...]`): Proposal lengths, one for each of the A authors; 0 for one that never proposes.
+            With zeros only this is the standard ensemble.
+        first (`int`): The member that begins.
+        members (`int`): N <= A.
 
     Example:
 
-    >>> import torch
-    >>> from hf_spec_ensemble.schedule import Schedule
+    >>> from hf_spec_ensemble.schedule import Situation, Turns
 
-    >>> schedule = Schedule(lengths=(1, 1), proposer=1, alternate=True)
-    >>> schedule.next(None, 0, torch.tensor([[4], [4]]), torch.tensor([True]))  # a prompt of 4 tokens, not seen
+    >>> turns = Turns(lengths=(1, 1), first=1, members=2)
+    >>> turns.next(Situation(None, 0, lag=[[4], [4]]))  # a prompt of 4 tokens, not seen
     (1, 1)
-    >>> schedule.next(1, 1, torch.tensor([[5], [1]]), torch.tensor([True]))  # member 1 has proposed one
+    >>> turns.next(Situation(1, 1, lag=[[5], [1]]))  # member 1 has proposed one
     (0, 1)
     """
 
     lengths: tuple[int, ...]
-    proposer: int
-    alternate: bool = True
+    first: int
+    members: int
 
-    def may_propose(self, member: int) -> bool:
-        return self.alternate or member == self.proposer
+    @property
+    def turns(self) -> "Turns":
+        return self
 
-    def next(self, current: int | None, turn: int, lag: torch.Tensor, open_: torch.Tensor) -> tuple[int, int]:
-        """
-        Args:
-            current (`int`, *optional*): The member of the last pass; `None` before the first.
-            turn (`int`): Its consecutive passes so far.
-            lag (`torch.LongTensor` `[N, B]`): Tokens of each row that each member has not seen and has to read; at
-                least one entry is positive.
-            open_ (`torch.BoolTensor` `[B]`): Rows in which another token may still be proposed.
+    def proposes(self, situation, confidence) -> bool:
+        return self.lengths[situation.current] > 0
 
-        Returns:
-            `tuple[int, int]`: The member that runs now, and its consecutive passes with this one.
-        """
-        level = (lag == lag[0]).all()  # at the start, and after every row had a token drawn from r: begin again
-        goes_on = current is not None and not level and self.may_propose(current) and turn < self.lengths[current]
-        if goes_on and (lag[current] > 0)[open_].any():
+    def next(self, situation) -> tuple[int, int]:
+        current, turn = situation.current, situation.turn
+        if self.may_go_on(situation) and turn < self.lengths[current]:
             return current, turn + 1
-        total = lag.sum(1)
-        return max(range(len(lag)), key=lambda member: (int(total[member]), member == self.proposer, -member)), 1
+        return self.hand_over(situation)
+
+    def may_go_on(self, situation: Situation) -> bool:
+        """Whether the author that ran last could run again to propose more."""
+        current, lag = situation.current, situation.lag
+        if current is None or (current < self.members and self._level(lag)):
+            return False
+        return any(unread > 0 and open_ for unread, open_ in zip(lag[current], situation.open))
+
+    def hand_over(self, situation: Situation) -> tuple[int, int]:
+        """As `next`, when the author that ran last does not go on."""
+        current, lag = situation.current, situation.lag
+        if current is None or current < self.members:
+            for drafter in range(self.members, len(lag)):
+                if self.lengths[drafter] and any(situation.open):
+                    return drafter, 1
+        unread = [sum(rows) for rows in lag[: self.members]]
+        return max(range(self.members), key=lambda member: (unread[member], member == self.first, -member)), 1
+
+    def _level(self, lag: list[list[int]]) -> bool:
+        return all(rows == lag[0] for rows in lag[1 : self.members])

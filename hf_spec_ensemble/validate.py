@@ -36,9 +36,12 @@ def assistant_list(assistant_models: PreTrainedModel | list[PreTrainedModel] | N
     return list(assistant_models) if isinstance(assistant_models, (list, tuple)) else [assistant_models]
 
 
-def check_members(members: list[PreTrainedModel], config: EnsembleConfig) -> EnsembleConfig:
+def check_members(
+    members: list[PreTrainedModel], config: EnsembleConfig, drafter: PreTrainedModel | None = None
+) -> EnsembleConfig:
     """
-    Checks that `members` (`[model, *assistant_models]`) can form the ensemble that `config` describes.
+    Checks that `members` (`[model, *assistant_models]`) can form the ensemble that `config` describes, and that
+    `drafter` can propose to it.
 
     Returns:
         `EnsembleConfig`: `config.for_members(...)` of them.
@@ -49,8 +52,10 @@ def check_members(members: list[PreTrainedModel], config: EnsembleConfig) -> Ens
     """
     if not isinstance(config, EnsembleConfig):
         raise TypeError(f"`ensemble_config` must be an EnsembleConfig, but is a {type(config).__name__}: {config!r}.")
-    for i, member in enumerate(members):
-        name = "the main model" if i == 0 else f"assistant model {i}"
+    named = [(member, "the main model" if i == 0 else f"assistant model {i}") for i, member in enumerate(members)]
+    if drafter is not None:
+        named.append((drafter, "the drafter"))
+    for member, name in named:
         if not hasattr(member, "prepare_inputs_for_generation") or not hasattr(member, "config"):
             raise TypeError(
                 f"Every member must be a loaded transformers model, but {name} is a {type(member).__name__}: "
@@ -66,8 +71,8 @@ def check_members(members: list[PreTrainedModel], config: EnsembleConfig) -> Ens
                 f"{name[0].upper()}{name[1:]}, a {type(member).__name__}, keeps a recurrent state that cannot be "
                 "rolled back when a proposal is rejected: use members with attention caches."
             )
-    shared_vocabulary(members)
-    return config.for_members([member.num_parameters() for member in members])
+    shared_vocabulary([member for member, _ in named])
+    return config.for_members(len(members), drafters=int(drafter is not None))
 
 
 def shared_vocabulary(members: list[PreTrainedModel]) -> tuple[int, int]:

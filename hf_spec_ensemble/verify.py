@@ -1,7 +1,7 @@
 """Accept, reject, resample: the verification of proposals against the ensemble's distribution. Pure tensor functions.
 
 Shapes: B rows, K positions, V vocabulary. A row has `proposed[b] <= K` proposals x_1 ... x_k, drawn from q_1 ... q_k;
-r_j is the ensemble's distribution at position j, given the prefix and x_1 ... x_{j-1}.
+r_j is the ensemble's distribution at position j, given the prefix and x_1 ... x_{j-1}. Distributions are probabilities.
 """
 
 import torch
@@ -22,87 +22,108 @@ def matches_before_mismatch(match: torch.Tensor, proposed: torch.Tensor) -> torc
     return (match & exists).long().cumprod(dim=1).sum(dim=1)
 
 
-def acceptance_probs(tokens: torch.Tensor, log_q: torch.Tensor, log_r: torch.Tensor) -> torch.Tensor:
+def acceptance_probs(tokens: torch.Tensor, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """
     min(1, r(x) / q(x)), the probability of keeping x ~ q (Leviathan et al., arXiv 2211.17192, section 2.3, with the
     ensemble's r as target as in Fu et al., arXiv 2502.01662).
 
     Args:
         tokens (`torch.LongTensor` `[B, K]`): Proposals x, with q(x) > 0.
-        log_q (`torch.Tensor` `[B, K, V]`): Log-probabilities they were drawn from.
-        log_r (`torch.Tensor` `[B, K, V]`): Log-probabilities of the ensemble.
+        q (`torch.Tensor` `[B, K, V]`): What they were drawn from.
+        r (`torch.Tensor` `[B, K, V]`): The ensemble's.
 
     Returns:
         `torch.Tensor` `[B, K]`.
     """
     index = tokens.unsqueeze(-1)
-    return (log_r.gather(-1, index) - log_q.gather(-1, index)).squeeze(-1).clamp(max=0).exp()
+    return (r.gather(-1, index) / q.gather(-1, index)).squeeze(-1).clamp(max=1)
 
 
-def residual_probs(log_q: torch.Tensor, log_r: torch.Tensor) -> torch.Tensor:
+def residual_probs(q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """
     norm(max(0, r - q)), what replaces a rejected proposal; r itself where the difference rounds to nothing (q = r to
     the last bit, so that a rejection has probability zero but for rounding).
 
     Args:
-        log_q, log_r (`torch.Tensor` `[..., V]`): Log-probabilities; q = 0 everywhere (-inf) gives r.
+        q, r (`torch.Tensor` `[..., V]`): As in `acceptance_probs`; q = 0 everywhere gives r.
 
     Returns:
-        `torch.Tensor` `[..., V]`: Probabilities.
+        `torch.Tensor` `[..., V]`.
     """
-    r = log_r.exp()
-    residual = (r - log_q.exp()).clamp(min=0)
+    residual = (r - q).clamp(min=0)
     total = residual.sum(-1, keepdim=True)
     return torch.where(total > 0, residual / total.clamp(min=torch.finfo(r.dtype).tiny), r)
 
 
+def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """
+    A draw from each distribution by inversion: the first token whose cumulative probability exceeds u.
+
+    Args:
+        probs (`torch.Tensor` `[..., V]`): Not negative, of any positive sum.
+        uniforms (`torch.Tensor` `[...]`): In [0, 1).
+
+    Returns:
+        `torch.LongTensor` `[...]`: Of positive probability.
+
+    Example:
+
+    >>> import torch
+    >>> from hf_spec_ensemble.verify import draw
+
+    >>> draw(torch.tensor([0.0, 0.5, 0.5, 0.0]), torch.tensor([0.0, 0.4, 0.5, 0.99])[:, None].expand(4, 1)[:, 0])
+    tensor([1, 1, 2, 2])
+    """
+    cumulative = probs.cumsum(-1, dtype=uniforms.dtype)
+    total = cumulative[..., -1:]
+    below = (uniforms.unsqueeze(-1) * total).minimum(torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, below, right=True).squeeze(-1)
+
+
 def verify_maximal(
-    tokens: torch.Tensor,
-    log_q: torch.Tensor,
-    log_r: torch.Tensor,
-    proposed: torch.Tensor,
-    uniforms: torch.Tensor,
-    generator: torch.Generator | None = None,
+    tokens: torch.Tensor, q: torch.Tensor, r: torch.Tensor, proposed: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The rejection rule: keep x while u < r(x) / q(x); replace the first rejected one by a draw from the residual.
 
     Args:
-        tokens (`torch.LongTensor` `[B, K]`), log_q, log_r (`torch.Tensor` `[B, K, V]`): As in `acceptance_probs`.
+        tokens (`torch.LongTensor` `[B, K]`), q, r (`torch.Tensor` `[B, K, V]`): As in `acceptance_probs`.
         proposed (`torch.LongTensor` `[B]`): Numbers of proposals.
-        uniforms (`torch.Tensor` `[B, K]`): Independent draws from [0, 1).
-        generator (`torch.Generator`, *optional*): Of the residual's draw. Defaults to torch's global one.
+        uniforms (`torch.Tensor` `[B, K + 1]`): Independent draws from [0, 1), the last one for the replacement.
 
     Returns:
         accepted (`torch.LongTensor` `[B]`): How many proposals each row keeps.
         emitted (`torch.LongTensor` `[B]`): The draw at position `accepted[b]`: from the residual if there was a
         proposal, from r if not. Arbitrary for rows that keep all K.
     """
-    accepted = matches_before_mismatch(uniforms < acceptance_probs(tokens, log_q, log_r), proposed)
+    accepted = matches_before_mismatch(uniforms[:, :-1] < acceptance_probs(tokens, q, r), proposed)
+    if (
+        tokens.device.type == "cpu" and (accepted == tokens.shape[1]).all()
+    ):  # elsewhere, asking costs more than it saves
+        return accepted, tokens[:, -1]
     row = torch.arange(len(tokens), device=tokens.device)
     column = accepted.clamp(max=tokens.shape[1] - 1)
     was_proposed = (column < proposed.to(column.device)).unsqueeze(-1)
-    log_q_there = log_q[row, column].masked_fill(~was_proposed, -torch.inf)  # [B, V]
-    emitted = torch.multinomial(residual_probs(log_q_there, log_r[row, column]), 1, generator=generator)
-    return accepted, emitted.squeeze(-1)
+    q_there = q[row, column] * was_proposed  # [B, V]
+    return accepted, draw(residual_probs(q_there, r[row, column]), uniforms[:, -1])
 
 
-def verify_shared_noise(
-    tokens: torch.Tensor, log_r: torch.Tensor, proposed: torch.Tensor, noise: torch.Tensor | float
+def verify_match(
+    tokens: torch.Tensor, target: torch.Tensor, proposed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The drafter-invariant rule (Daliri et al., arXiv 2408.07978): the emitted token is argmax(log r + g) whatever was
-    proposed, and a proposal is kept when it is that token. With g = 0 this is greedy verification.
+    Keeps a proposal when it is the very token that the ensemble emits: greedy verification with argmax r, and the
+    drafter-invariant rule (Daliri et al., arXiv 2408.07978) with argmax(log r + g), g being the Gumbel noise that the
+    proposal was drawn with.
 
     Args:
-        tokens (`torch.LongTensor` `[B, K]`), log_r (`torch.Tensor` `[B, K, V]`): As in `acceptance_probs`.
+        tokens (`torch.LongTensor` `[B, K]`): Proposals.
+        target (`torch.LongTensor` `[B, K]`): What the ensemble emits at each position.
         proposed (`torch.LongTensor` `[B]`): Numbers of proposals.
-        noise (`torch.Tensor` `[B, K, V]` or 0.0): The positions' Gumbel noise g, the same that proposed.
 
     Returns:
         accepted (`torch.LongTensor` `[B]`), emitted (`torch.LongTensor` `[B]`): As in `verify_maximal`.
     """
-    target = (log_r + noise).argmax(-1)  # [B, K]
     accepted = matches_before_mismatch(target == tokens, proposed)
     return accepted, target.gather(1, accepted.clamp(max=tokens.shape[1] - 1)[:, None]).squeeze(1)
 
@@ -121,10 +142,12 @@ def _mix(state: torch.Tensor) -> torch.Tensor:
 _STEP = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, splitmix64's increment
 
 
-def gumbel_noise(seed: int, rows: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def exponential_noise(seed: int, rows: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """
-    Standard Gumbel noise that depends on (seed, row, position, token) alone: the same on every device and whatever else
-    is drawn, in whatever order. A counter-based generator: splitmix64 keyed by seed, row and position.
+    Standard exponential noise E that depends on (seed, row, position, token) alone: the same on every device and
+    whatever else is drawn, in whatever order. A counter-based generator: splitmix64 keyed by seed, row and position.
+
+    -log E is Gumbel noise g, so that argmax(log r + g) = argmax(r / E) is a draw from r.
 
     Args:
         seed (`int`): In [-2^63, 2^63).
@@ -132,19 +155,17 @@ def gumbel_noise(seed: int, rows: torch.Tensor, positions: torch.Tensor, vocab_s
         vocab_size (`int`): V.
 
     Returns:
-        `torch.Tensor` `[..., V]`, float64.
+        `torch.Tensor` `[..., V]`, float64, positive.
 
     Example:
 
     >>> import torch
-    >>> from hf_spec_ensemble.verify import gumbel_noise
+    >>> from hf_spec_ensemble.verify import exponential_noise
 
-    >>> noise = gumbel_noise(0, torch.tensor(0), torch.arange(1000), 50)
-    >>> round(noise.mean().item(), 1)  # Euler's constant, 0.577...
-    0.6
+    >>> round(exponential_noise(0, torch.tensor(0), torch.arange(1000), 50).mean().item(), 1)
+    1.0
     """
     key = _mix(_mix(seed + _STEP * (rows + 1)) + _STEP * (positions + 1))
     token = torch.arange(1, vocab_size + 1, device=key.device)
     bits = (_mix(key.unsqueeze(-1) + _STEP * token) >> 11) & ((1 << 53) - 1)
-    uniform = (bits.double() + 0.5) * 2.0**-53  # in (0, 1)
-    return -(-uniform.log()).log()
+    return bits.double().add_(0.5).mul_(2.0**-53).log_().neg_()  # of uniforms in (0, 1)

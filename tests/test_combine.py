@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LogitsProcessorList
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.combine import combine, exclude_implausible, weighted_sum
+from hf_spec_ensemble.combine import combine, exclude_implausible, gives_probs, weighted_sum
+from hf_spec_ensemble.distribution import EnsembleDistribution
+from hf_spec_ensemble.processing import PositionwiseProcessor
 
 
 INF = torch.inf
@@ -24,32 +27,33 @@ def test_removed_tokens_never_turn_into_nan(method, combine_on, seed, share):
     scores = members(2, 3, 8, seed=seed)
     removed = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < share
     removed.scatter_(-1, scores.argmax(-1, keepdim=True), False)
-    config = EnsembleConfig(method=method, combine_on=combine_on, plausibility=0.1).for_members([1, 1])
-    log_r = combine(scores.masked_fill(removed, -INF), config).log_softmax(-1)
-    assert not log_r.isnan().any()
-    torch.testing.assert_close(log_r.exp().sum(-1), torch.ones(3, dtype=torch.float64))
+    config = EnsembleConfig(method=method, combine_on=combine_on, plausibility=0.1).for_members(2)
+    combined = combine(scores.masked_fill(removed, -INF), config)
+    r = combined if gives_probs(config) else combined.softmax(-1)
+    assert not r.isnan().any()
+    torch.testing.assert_close(r.sum(-1), torch.ones(3, dtype=torch.float64))
     if method == "contrastive":
-        assert (log_r[removed[0]] == -INF).all(), "what the expert removes stays removed"
+        assert (r[removed[0]] == 0).all(), "what the expert removes stays removed"
     else:
-        assert (log_r[removed.all(0)] == -INF).all()
+        assert (r[removed.all(0)] == 0).all()
 
 
 def test_members_that_keep_nothing_in_common_leave_the_heaviest_ones_tokens():
     scores = torch.tensor([[0.0, 1.0, -INF, -INF], [-INF, -INF, 2.0, 0.0]])
-    assert (weighted_sum(scores, torch.tensor([0.7, 0.3])) > -INF).tolist() == [True, True, False, False]
-    assert (weighted_sum(scores, torch.tensor([0.3, 0.7])) > -INF).tolist() == [False, False, True, True]
+    assert (weighted_sum(scores, [0.7, 0.3]) > -INF).tolist() == [True, True, False, False]
+    assert (weighted_sum(scores, [0.3, 0.7]) > -INF).tolist() == [False, False, True, True]
 
 
 def test_what_an_amateur_removes_gains_no_more_than_its_worst_kept_token():
     scores = torch.tensor([[0.0, 0.0, 0.0], [3.0, 1.0, -INF]])
-    assert weighted_sum(scores, torch.tensor([1.0, -1.0])).tolist() == [-3.0, -1.0, -1.0]
+    assert weighted_sum(scores, [1.0, -1.0]).tolist() == [-3.0, -1.0, -1.0]
 
 
 def test_a_member_of_weight_zero_has_no_say():
     scores = torch.tensor([[0.0, 1.0], [-INF, 5.0]])
-    assert weighted_sum(scores, torch.tensor([1.0, 0.0])).tolist() == [0.0, 1.0]
+    assert weighted_sum(scores, [1.0, 0.0]).tolist() == [0.0, 1.0]
     mixed = combine(scores, EnsembleConfig(weights=[1.0, 0.0]))
-    torch.testing.assert_close(mixed, scores[0].log_softmax(-1))
+    torch.testing.assert_close(mixed, scores[0].softmax(-1))
 
 
 def test_the_plausibility_cut():
@@ -72,6 +76,9 @@ def test_a_callable_on_probs_gets_probabilities_and_need_not_normalise():
         seen.append(probs)
         return probs.sum(0)
 
-    log_r = combine(members(2, 3, 8), EnsembleConfig(method=total, combine_on="probs")).log_softmax(-1)
-    torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 3, dtype=torch.float64))
-    torch.testing.assert_close(log_r.exp(), members(2, 3, 8).softmax(-1).mean(0))
+    config = EnsembleConfig(method=total, combine_on="probs")
+    distribution = EnsembleDistribution(config, PositionwiseProcessor(LogitsProcessorList()), (8, 8), "cpu")
+    one = torch.ones(3, dtype=torch.long)
+    r = distribution.target(members(2, 3, 1, 8), torch.zeros(3, 4, dtype=torch.long), 3 * one, one, "probs")
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 3, 1, dtype=torch.float64))
+    torch.testing.assert_close(r, members(2, 3, 1, 8).softmax(-1).mean(0))

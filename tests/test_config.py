@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from hf_spec_ensemble import EnsembleConfig
+from hf_spec_ensemble.roles import Roles
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_unknown_fields_and_missing_files_are_named(tmp_path):
         (dict(method="product", weights=[-1.0, 0.0]), "need a positive one"),
         (dict(method="contrastive", weights=[0.5, 0.5]), "not used by method contrastive"),
         (dict(method=lambda x: x[0], weights=[0.5, 0.5]), "not used by method a callable"),
-        (dict(num_assistant_tokens=0), "`num_assistant_tokens` must be an int >= 1.* 0"),
+        (dict(num_assistant_tokens=0), "`num_assistant_tokens` must be 'auto', an int >= 1.* 0"),
         (dict(num_assistant_tokens=[1, 0]), r"`num_assistant_tokens` .*\[1, 0\]"),
         (dict(num_assistant_tokens=2.5), "2.5"),
         (dict(num_assistant_tokens=True), "True"),
@@ -75,17 +76,17 @@ def test_bad_types_are_named(fields):
 
 
 @pytest.mark.parametrize(
-    "fields,sizes,message",
+    "fields,n,message",
     [
-        (dict(), [1], "at least two members"),
-        (dict(weights=[0.5, 0.5]), [1, 1, 1], "one entry for each member, 3.*has 2"),
-        (dict(num_assistant_tokens=[1, 2]), [1, 1, 1], "one entry for each of the 3 members, but has 2"),
-        (dict(method="contrastive"), [1, 1, 1], "'contrastive' takes two members.*got 3"),
+        (dict(), 1, "at least two members"),
+        (dict(weights=[0.5, 0.5]), 3, "one entry for each member, 3.*has 2"),
+        (dict(num_assistant_tokens=[1, 2]), 3, "one entry for each of the 3 members, but has 2"),
+        (dict(method="contrastive"), 3, "'contrastive' takes two members.*got 3"),
     ],
 )
-def test_members_that_do_not_fit(fields, sizes, message):
+def test_members_that_do_not_fit(fields, n, message):
     with pytest.raises(ValueError, match=message):
-        EnsembleConfig(**fields).for_members(sizes)
+        EnsembleConfig(**fields).for_members(n)
 
 
 def test_weights_are_normalised_with_a_warning():
@@ -97,12 +98,30 @@ def test_weights_are_normalised_with_a_warning():
         assert EnsembleConfig(method="product", weights=[3, -1]).weights == [3, -1]
 
 
+def test_roles():
+    sizes = [70, 10, 70]
+    assert Roles.of(EnsembleConfig().for_members(3), sizes).lengths(EnsembleConfig()) is None
+    for config, drafter, lengths in [
+        (EnsembleConfig(num_assistant_tokens=5), False, (1, 5, 1)),
+        (EnsembleConfig(num_assistant_tokens=5, alternate=False), False, (0, 5, 0)),
+        (EnsembleConfig(num_assistant_tokens=5), True, (1, 1, 1, 5)),
+        (EnsembleConfig(num_assistant_tokens=5, alternate=False), True, (0, 0, 0, 5)),
+        (EnsembleConfig(num_assistant_tokens=[2, 3, 4]), False, (2, 3, 4)),
+        (EnsembleConfig(num_assistant_tokens=[2, 3, 4], weights=[0.5, 0, 0.5]), False, (2, 4, 3)),
+    ]:
+        assert Roles.of(config, sizes, drafter).lengths(config) == lengths
+
+
+def test_an_assistant_of_weight_zero_drafts():
+    config = EnsembleConfig(weights=[0.5, 0.0, 0.5])
+    roles = Roles.of(config, [7, 7, 7])
+    assert roles.members == 2 and roles.config(config).weights == [0.5, 0.5]
+    assert roles.in_callers_order(["model", "second", "first"]) == ["model", "first", "second"]
+    assert Roles.of(EnsembleConfig(weights=[0.0, 1.0]), [7, 7]).members == 2, "the main model is always read"
+
+
 def test_defaults_for_members():
-    assert EnsembleConfig().for_members([7, 7]).weights == [0.5, 0.5]
-    assert EnsembleConfig().for_members([7, 7]).num_assistant_tokens == [1, 1]
-    assert EnsembleConfig().for_members([70, 1, 70]).num_assistant_tokens == [1, 5, 1]
-    assert EnsembleConfig().for_members([1, 7]).num_assistant_tokens == [3, 1]
-    assert EnsembleConfig().for_members([3, 1]).num_assistant_tokens == [1, 1]
-    assert EnsembleConfig(num_assistant_tokens=3).for_members([1, 7]).num_assistant_tokens == [3, 1]
+    assert EnsembleConfig().for_members(2).weights == [0.5, 0.5]
+    assert EnsembleConfig().num_assistant_tokens == "auto"
     assert EnsembleConfig(method="contrastive").combine_on == "raw_logits"
     assert EnsembleConfig(method="product").combine_on == "raw_logits"

@@ -17,7 +17,7 @@ from transformers.generation import (
 
 from hf_spec_ensemble.padded import append, columns, drop_first, pick
 from hf_spec_ensemble.processing import PositionwiseProcessor
-from hf_spec_ensemble.schedule import Schedule
+from hf_spec_ensemble.schedule import Situation, Turns
 
 
 class ByRow(LogitsProcessor):
@@ -84,30 +84,36 @@ def test_pick_gives_the_columns_asked_for():
     assert pick(padded, columns(torch.tensor([1, 3]), 2)).tolist() == [[1, 2], [9, 10]]
 
 
-def _turns(schedule, n, prompt=4, passes=8):
+def _turns(lengths, first, passes=8, prompt=4):
     """Members of successive passes for one row in which nothing is ever rejected."""
+    turns, n = Turns(lengths, first, members=len(lengths)), len(lengths)
     seen, total = [0] * n, prompt
     current, turn, order = None, 0, []
     for _ in range(passes):
-        lag = torch.tensor([[total - s] for s in seen])
-        current, turn = schedule.next(current, turn, lag, torch.tensor([True]))
+        current, turn = turns.next(Situation(current, turn, lag=[[total - s] for s in seen]))
         order.append(current)
         seen[current] = total
-        if schedule.may_propose(current):
+        if lengths[current] or min(seen) == total:  # proposed, or drawn from r
             total += 1
-        elif min(seen) == total:
-            total += 1  # drawn from r
     return order
 
 
 def test_members_take_turns_and_the_one_that_lags_most_is_next():
-    assert _turns(Schedule((1, 1), proposer=1), 2) == [1, 0, 1, 0, 1, 0, 1, 0]
-    assert _turns(Schedule((1, 1, 1), proposer=2), 3)[:6] == [2, 0, 1, 2, 0, 1]
-    assert _turns(Schedule((1, 3), proposer=1), 2) == [1, 1, 1, 0, 1, 1, 1, 0]
-    assert _turns(Schedule((2, 2), proposer=0), 2) == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert _turns((1, 1), first=1) == [1, 0, 1, 0, 1, 0, 1, 0]
+    assert _turns((1, 1, 1), first=2)[:6] == [2, 0, 1, 2, 0, 1]
+    assert _turns((1, 3), first=1) == [1, 1, 1, 0, 1, 1, 1, 0]
+    assert _turns((2, 2), first=0) == [0, 0, 1, 1, 0, 0, 1, 1]
 
 
-def test_without_alternation_only_the_smallest_proposes():
-    schedule = Schedule((1, 3), proposer=1, alternate=False)
-    assert [schedule.may_propose(i) for i in (0, 1)] == [False, True]
-    assert _turns(schedule, 2)[:4] == [1, 1, 1, 0]
+def test_a_member_of_length_zero_only_verifies():
+    assert _turns((0, 3), first=1)[:4] == [1, 1, 1, 0]
+    assert _turns((0, 0), first=0) == [0, 1, 0, 1, 0, 1, 0, 1]
+
+
+def test_a_drafter_runs_before_every_members_turn():
+    turns = Turns((1, 1, 2), first=0, members=2)
+    assert turns.next(Situation(None, 0, lag=[[4], [4], [4]])) == (2, 1)
+    assert turns.next(Situation(2, 1, lag=[[5], [5], [1]])) == (2, 2)
+    assert turns.next(Situation(2, 2, lag=[[6], [6], [1]])) == (0, 1)
+    assert turns.next(Situation(0, 1, lag=[[1], [7], [2]])) == (2, 1)
+    assert turns.next(Situation(0, 1, lag=[[1], [7], [2]], open=[False])) == (1, 1)

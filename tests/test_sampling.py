@@ -120,11 +120,10 @@ def test_single_prompts_drawn_one_call_at_a_time():
 
 
 def test_the_same_seed_gives_the_same_text():
+    """With "maximal" for fixed proposal lengths only, since measured times decide otherwise."""
     models = small_members(2)
-    for coupling in ("maximal", "gumbel"):
-        one, two, other = (
-            draw(models, batch(3), EnsembleConfig(coupling=coupling), draws=5, seed=seed) for seed in (1, 1, 2)
-        )
+    for config in (EnsembleConfig(num_assistant_tokens=2), EnsembleConfig(coupling="gumbel")):
+        one, two, other = (draw(models, batch(3), config, draws=5, seed=seed) for seed in (1, 1, 2))
         assert one.tolist() == two.tolist() != other.tolist()
 
 
@@ -152,8 +151,10 @@ def test_it_fails_for_a_kept_bonus_token(monkeypatch):
 
     def keep_bonus(self, proposed, drawable):
         candidates = collect(self, proposed, drawable)
-        bonus = (self.author[:, : candidates.tokens.shape[1]] == 0)[..., None]
-        candidates.log_r = torch.where(bonus, candidates.log_q, candidates.log_r)  # so that it is always accepted
+        for row, proposals in enumerate(self.pending):
+            for j, (author, _) in enumerate(proposals[: int(proposed[row])]):
+                if author == 0:
+                    candidates.r[row, j] = candidates.q[row, j]  # so that it is always accepted
         return candidates
 
     models = _different()

@@ -8,25 +8,26 @@ from hypothesis import strategies as st
 from hf_spec_ensemble.combine import mixture
 from hf_spec_ensemble.verify import (
     acceptance_probs,
-    gumbel_noise,
+    draw,
+    exponential_noise,
     matches_before_mismatch,
     residual_probs,
+    verify_match,
     verify_maximal,
-    verify_shared_noise,
 )
 
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 8), st.integers(0, 10_000))
 
 
-def log_probs(*shape, seed, sharpness=3.0):
+def distributions(*shape, seed, sharpness=3.0):
     generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    return (sharpness * torch.randn(*shape, generator=generator, dtype=torch.float64)).softmax(-1)
 
 
-def drawn(log_q, seed):
-    flat = torch.multinomial(log_q.exp().flatten(0, 1), 1, generator=torch.Generator().manual_seed(seed))
-    return flat.view(log_q.shape[:2])
+def drawn(q, seed):
+    flat = torch.multinomial(q.flatten(0, 1), 1, generator=torch.Generator().manual_seed(seed))
+    return flat.view(q.shape[:2])
 
 
 def uniforms(*shape, seed):
@@ -36,12 +37,11 @@ def uniforms(*shape, seed):
 @given(SHAPES)
 def test_the_residual_is_a_distribution_that_completes_r(shape):
     b, k, v, seed = shape
-    log_q, log_r = log_probs(b, k, v, seed=seed), log_probs(b, k, v, seed=seed + 1)
-    residual = residual_probs(log_q, log_r)
+    q, r = distributions(b, k, v, seed=seed), distributions(b, k, v, seed=seed + 1)
+    residual = residual_probs(q, r)
     assert (residual >= 0).all()
     torch.testing.assert_close(residual.sum(-1), torch.ones(b, k, dtype=torch.float64))
     # q min(1, r/q) + P(reject) residual = r: what makes the rule exact
-    q, r = log_q.exp(), log_r.exp()
     kept = torch.minimum(q, r)
     torch.testing.assert_close(kept + (1 - kept.sum(-1, keepdim=True)) * residual, r)
 
@@ -51,25 +51,25 @@ def test_acceptance_never_drops_below_the_members_weight(shape, weights):
     b, k, v, seed = shape
     weights = torch.tensor(weights, dtype=torch.float64)
     weights = weights / weights.sum()
-    members = log_probs(len(weights), b, k, v, seed=seed)
-    log_r = mixture(members, weights)
-    for log_q, weight in zip(members, weights):
+    members = distributions(len(weights), b, k, v, seed=seed)
+    r = mixture(members, weights)
+    for q, weight in zip(members, weights):
         every = torch.arange(v).expand(b, k, v)
-        probs = torch.stack([acceptance_probs(every[..., x], log_q, log_r) for x in range(v)], dim=-1)
+        probs = torch.stack([acceptance_probs(every[..., x], q, r) for x in range(v)], dim=-1)
         assert (probs >= weight - 1e-12).all()  # token by token
-        assert ((log_q.exp() * probs).sum(-1) >= weight - 1e-12).all()
+        assert ((q * probs).sum(-1) >= weight - 1e-12).all()
 
 
 @given(SHAPES)
 def test_equal_distributions_accept_everything(shape):
     b, k, v, seed = shape
-    log_r = log_probs(b, k, v, seed=seed)
-    tokens = drawn(log_r, seed)
+    r = distributions(b, k, v, seed=seed)
+    tokens = drawn(r, seed)
     proposed = torch.full((b,), k)
-    accepted, _ = verify_maximal(tokens, log_r, log_r, proposed, uniforms(b, k, seed=seed))
+    accepted, _ = verify_maximal(tokens, r, r, proposed, uniforms(b, k + 1, seed=seed))
     assert (accepted == k).all()
-    noise = gumbel_noise(seed, torch.arange(b)[:, None], torch.arange(k), v)
-    accepted, _ = verify_shared_noise((log_r + noise).argmax(-1), log_r, proposed, noise)
+    target = (r / exponential_noise(seed, torch.arange(b)[:, None], torch.arange(k), v)).argmax(-1)
+    accepted, _ = verify_match(target, target, proposed)
     assert (accepted == k).all()
 
 
@@ -77,54 +77,54 @@ def test_equal_distributions_accept_everything(shape):
 def test_disjoint_distributions_accept_nothing(shape):
     b, k, v, seed = shape
     half = torch.arange(v) < v // 2
-    log_q = log_probs(b, k, v, seed=seed).masked_fill(~half, -torch.inf).log_softmax(-1)
-    log_r = log_probs(b, k, v, seed=seed + 1).masked_fill(half, -torch.inf).log_softmax(-1)
-    tokens, proposed = drawn(log_q, seed), torch.full((b,), k)
-    accepted, emitted = verify_maximal(tokens, log_q, log_r, proposed, uniforms(b, k, seed=seed))
+    q = distributions(b, k, v, seed=seed).masked_fill(~half, 0.0)
+    r = distributions(b, k, v, seed=seed + 1).masked_fill(half, 0.0)
+    tokens, proposed = drawn(q, seed), torch.full((b,), k)
+    accepted, emitted = verify_maximal(tokens, q, r, proposed, uniforms(b, k + 1, seed=seed))
     assert (accepted == 0).all() and not half[emitted].any()
-    accepted, emitted = verify_shared_noise(tokens, log_r, proposed, 0.0)
+    accepted, emitted = verify_match(tokens, r.argmax(-1), proposed)
     assert (accepted == 0).all() and not half[emitted].any()
 
 
 @given(SHAPES)
 def test_batches_equal_their_rows(shape):
     b, k, v, seed = shape
-    log_q, log_r = log_probs(b, k, v, seed=seed), log_probs(b, k, v, seed=seed + 1, sharpness=1.0)
-    tokens, u = drawn(log_q, seed), uniforms(b, k, seed=seed)
+    q, r = distributions(b, k, v, seed=seed), distributions(b, k, v, seed=seed + 1, sharpness=1.0)
+    tokens, u = drawn(q, seed), uniforms(b, k + 1, seed=seed)
     proposed = torch.arange(b) % (k + 1)
-    accepted, _ = verify_maximal(tokens, log_q, log_r, proposed, u)
-    noise = gumbel_noise(seed, torch.arange(b)[:, None], torch.arange(k), v)
-    shared = verify_shared_noise(tokens, log_r, proposed, noise)
+    accepted, _ = verify_maximal(tokens, q, r, proposed, u)
+    target = (r / exponential_noise(seed, torch.arange(b)[:, None], torch.arange(k), v)).argmax(-1)
+    shared = verify_match(tokens, target, proposed)
     for row in range(b):
         one = slice(row, row + 1)
-        alone, _ = verify_maximal(tokens[one], log_q[one], log_r[one], proposed[one], u[one])
+        alone, _ = verify_maximal(tokens[one], q[one], r[one], proposed[one], u[one])
         assert alone == accepted[row]
-        alone = verify_shared_noise(tokens[one], log_r[one], proposed[one], noise[one])
+        alone = verify_match(tokens[one], target[one], proposed[one])
         assert [x.item() for x in alone] == [x[row].item() for x in shared]
 
 
 def test_the_rejection_rule_draws_from_r():
     """Token by token over many rows: the accepted and the replaced ones together are distributed as r."""
     rows, v = 200_000, 6
-    log_q, log_r = log_probs(v, seed=1), log_probs(v, seed=2)
+    q, r = distributions(v, seed=1), distributions(v, seed=2)
     torch.manual_seed(0)
-    tokens = torch.multinomial(log_q.exp(), rows, replacement=True)[:, None]
-    wide = [x.expand(rows, 1, v) for x in (log_q, log_r)]
-    accepted, emitted = verify_maximal(tokens, *wide, torch.ones(rows, dtype=torch.long), uniforms(rows, 1, seed=1))
+    tokens = torch.multinomial(q, rows, replacement=True)[:, None]
+    wide = [x.expand(rows, 1, v) for x in (q, r)]
+    accepted, emitted = verify_maximal(tokens, *wide, torch.ones(rows, dtype=torch.long), uniforms(rows, 2, seed=1))
     got = torch.where(accepted == 1, tokens[:, 0], emitted)
     frequency = torch.bincount(got, minlength=v) / rows
-    torch.testing.assert_close(frequency.double(), log_r.exp(), rtol=0, atol=0.005)
-    assert accepted.double().mean() == pytest.approx(torch.minimum(log_q.exp(), log_r.exp()).sum().item(), abs=0.005)
+    torch.testing.assert_close(frequency.double(), r, rtol=0, atol=0.005)
+    assert accepted.double().mean() == pytest.approx(torch.minimum(q, r).sum().item(), abs=0.005)
 
 
 def test_without_a_proposal_the_draw_is_from_r():
     """Whatever q holds at such a position."""
     rows = 2000
-    log_q = torch.tensor([0.97, 0.01, 0.01, 0.01]).double().log().expand(rows, 1, 4)
-    log_r = torch.tensor([0.5, 0.5, 0.0, 0.0]).double().log().expand(rows, 1, 4)
+    q = torch.tensor([0.97, 0.01, 0.01, 0.01]).double().expand(rows, 1, 4)
+    r = torch.tensor([0.5, 0.5, 0.0, 0.0]).double().expand(rows, 1, 4)
     nothing = torch.zeros(rows, dtype=torch.long)
     torch.manual_seed(0)
-    accepted, emitted = verify_maximal(nothing[:, None], log_q, log_r, nothing, torch.zeros(rows, 1))
+    accepted, emitted = verify_maximal(nothing[:, None], q, r, nothing, torch.rand(rows, 2, dtype=torch.float64))
     assert (accepted == 0).all()
     assert 0.45 < (emitted == 0).double().mean() < 0.55 and (emitted < 2).all()
 
@@ -134,20 +134,39 @@ def test_matches_stop_at_the_first_mismatch_and_at_the_last_proposal():
     assert matches_before_mismatch(match, torch.tensor([3, 2, 3])).tolist() == [1, 2, 0]
 
 
-def test_gumbel_noise_depends_on_seed_row_position_and_token_alone():
-    whole = gumbel_noise(7, torch.arange(3)[:, None], torch.arange(4), 11)
+@given(SHAPES, st.floats(0, 1, exclude_max=True))
+def test_inversion_draws_the_token_that_the_cumulative_probability_says(shape, u):
+    b, _, v, seed = shape
+    probs = distributions(b, v, seed=seed)
+    probs[:, seed % v] = 0.0
+    total = probs.cumsum(-1)
+    for row, token in enumerate(draw(probs, torch.full((b,), u, dtype=torch.float64)).tolist()):
+        assert probs[row, token] > 0
+        below = total[row, token - 1] if token else 0.0
+        assert below <= u * total[row, -1] + 1e-12 and u * total[row, -1] <= total[row, token] + 1e-12
+
+
+def test_inversion_at_the_edges():
+    u = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    probs = torch.tensor([0.0, 1e-30, 0.3, 0.7, 1e-30, 0.0]).expand(2, 6)
+    assert draw(probs, u).tolist()[0] == 1 and draw(probs, u).tolist()[1] in (3, 4)
+    assert draw(torch.tensor([[0.0, 1.0, 0.0]]).expand(2, 3), u).tolist() == [1, 1]
+
+
+def test_noise_depends_on_seed_row_position_and_token_alone():
+    whole = exponential_noise(7, torch.arange(3)[:, None], torch.arange(4), 11)
     assert whole.shape == (3, 4, 11)
-    assert torch.equal(whole[2, 3], gumbel_noise(7, torch.tensor(2), torch.tensor(3), 11))
-    assert torch.equal(whole[..., :5], gumbel_noise(7, torch.arange(3)[:, None], torch.arange(4), 5))
-    assert not torch.equal(whole, gumbel_noise(8, torch.arange(3)[:, None], torch.arange(4), 11))
+    assert torch.equal(whole[2, 3], exponential_noise(7, torch.tensor(2), torch.tensor(3), 11))
+    assert torch.equal(whole[..., :5], exponential_noise(7, torch.arange(3)[:, None], torch.arange(4), 5))
+    assert not torch.equal(whole, exponential_noise(8, torch.arange(3)[:, None], torch.arange(4), 11))
     assert whole.flatten().unique().numel() == whole.numel()
 
 
-def test_gumbel_noise_is_standard_gumbel():
-    """Kolmogorov-Smirnov distance from exp(-exp(-x)), and no correlation between neighbouring positions."""
-    noise = gumbel_noise(0, torch.tensor(0), torch.arange(1000), 100).flatten()
+def test_noise_is_standard_exponential():
+    """Kolmogorov-Smirnov distance from 1 - exp(-x), and no correlation between neighbouring positions."""
+    noise = exponential_noise(0, torch.tensor(0), torch.arange(1000), 100).flatten()
     expected = torch.arange(1, len(noise) + 1) / len(noise)
-    assert ((-(-noise.sort().values).exp()).exp() - expected).abs().max() < 0.006
+    assert (1 - (-noise.sort().values).exp() - expected).abs().max() < 0.006
     grid = noise.view(1000, 100)
     for one, two in ((grid[:-1], grid[1:]), (grid[:, :-1], grid[:, 1:])):
         assert torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1].abs() < 0.02

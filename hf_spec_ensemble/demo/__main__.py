@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
-from ..config import COMBINE_ON, COUPLINGS, METHODS
+from ..config import AUTO, COMBINE_ON, COUPLINGS, METHODS
 from . import FAMILY
 
 
@@ -40,7 +40,7 @@ def parse_arguments(args: list[str] | None = None) -> argparse.Namespace:
     config.add_argument("--contrast", type=float, default=EnsembleConfig.contrast)
     config.add_argument("--plausibility", type=float, default=EnsembleConfig.plausibility)
     config.add_argument("--combine-on", choices=COMBINE_ON)
-    config.add_argument("--num-assistant-tokens", type=int, nargs="+")
+    config.add_argument("--num-assistant-tokens", type=int, nargs="+", help="default: they choose themselves")
     config.add_argument("--no-alternate", dest="alternate", action="store_false")
     config.add_argument("--coupling", choices=COUPLINGS, default=EnsembleConfig.coupling)
     run = parser.add_argument_group("run")
@@ -60,14 +60,14 @@ def locate(name: str) -> str:
 
 
 def config_of(args: argparse.Namespace) -> EnsembleConfig:
-    lengths = args.num_assistant_tokens
+    lengths = args.num_assistant_tokens or [AUTO]
     return EnsembleConfig(
         method=args.method,
         weights=args.weights,
         contrast=args.contrast,
         plausibility=args.plausibility,
         combine_on=args.combine_on,
-        num_assistant_tokens=lengths[0] if lengths and len(lengths) == 1 else lengths,
+        num_assistant_tokens=lengths[0] if len(lengths) == 1 else lengths,
         alternate=args.alternate,
         coupling=args.coupling,
     )
