@@ -1,7 +1,9 @@
 """EnsembleCandidateGenerator: the proposals awaiting verification, and the members' passes that make and score them."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator, GenerationConfig
@@ -10,7 +12,7 @@ from .distribution import EnsembleDistribution, top_prob
 from .drawing import Greedy
 from .estimates import pass_costs
 from .member import Member
-from .padded import append, drop_first, pick, window
+from .padded import append, drop_first, window
 from .schedule import Schedule, Situation
 
 
@@ -32,7 +34,7 @@ class Candidates:
 
     `tokens` `[B, K]`; `r` `[B, K, V]` and `q` `[B, K, V]` in the form of the drawing rule, `q` only if that needs it;
     `log_r` `[B, K, V]` and `logits` `[B, K, V]`, the main model's, only if they are to be kept; `proposed`, `drawable`
-    `[B]` on the CPU.
+    numpy `[B]`.
     """
 
     tokens: torch.Tensor
@@ -40,8 +42,8 @@ class Candidates:
     q: torch.Tensor | None
     log_r: torch.Tensor | None
     logits: torch.Tensor | None
-    proposed: torch.Tensor
-    drawable: torch.Tensor
+    proposed: np.ndarray
+    drawable: np.ndarray
 
 
 class EnsembleCandidateGenerator(AssistedCandidateGenerator):
@@ -53,8 +55,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     that all members have scored before it is proposed needs no proposal: it is drawn from r. A drafter proposes too,
     but what it has scored or not holds up nothing.
 
-    The rows' tokens are `ids[b, :total[b]]`, of which `ids[b, :verified[b]]` are final; counts are on the CPU. Scores
-    of pending positions are held in tensors whose column j belongs to token `verified[b] + j`.
+    The rows' tokens are `ids[b, :total[b]]`, of which `ids[b, :verified[b]]` are final; counts are numpy integers.
+    Scores of pending positions are held in tensors whose column j belongs to token `verified[b] + j`.
 
     Args:
         members (`list[Member]`): N, in the order `[model, *assistant_models]`.
@@ -65,7 +67,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             What is proposed from and verified against, how tokens are drawn, who runs.
         generation_config (`GenerationConfig`), model_kwargs (`dict`): As `generate()` prepared them.
         max_length (`int`): Tokens of the longest text allowed, prompt included.
-        stop_tokens (`torch.LongTensor`, *optional*): Tokens after which nothing is proposed.
+        stop_tokens (`Collection[int]`): Tokens after which nothing is proposed.
         keep_scores, keep_logits (`bool`): Whether candidates carry log r and the main model's raw logits.
     """
 
@@ -80,7 +82,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         generation_config: GenerationConfig,
         model_kwargs: dict,
         max_length: int,
-        stop_tokens: torch.Tensor | None = None,
+        stop_tokens: Collection[int] = (),
         keep_scores: bool = False,
         keep_logits: bool = False,
     ):
@@ -90,16 +92,16 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.distribution = distribution
         self.drawing = drawing
         self.schedule = schedule
-        self.stop_tokens = stop_tokens
+        self.stop_tokens = frozenset(stop_tokens)
 
         batch, prompt_length = input_ids.shape
         self.prompt_length = prompt_length
         self.max_length = max_length
         self.ids = torch.nn.functional.pad(input_ids, (0, max_length - prompt_length))  # [B, max_length]
-        self.verified = torch.full((batch,), prompt_length)
-        self.total = self.verified.clone()
-        self.sealed = torch.zeros(batch, dtype=torch.bool)  # the last token ends the text: nothing follows it
-        self.active = torch.ones(batch, dtype=torch.bool)  # rows whose text goes on
+        self.verified = np.full(batch, prompt_length)
+        self.total = self.verified.copy()
+        self.sealed = np.zeros(batch, bool)  # the last token ends the text: nothing follows it
+        self.active = np.ones(batch, bool)  # rows whose text goes on
         self.current: int | None = None  # the author of the last pass, and its consecutive passes
         self.turn = 0
 
@@ -113,8 +115,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     def get_candidates(self, input_ids: torch.Tensor | None = None, **kwargs) -> Candidates:
         """Runs members until some active row has a position that all have scored. The arguments are not needed."""
         while True:
-            scored = self._scored().amin(0)  # [B], by all members
-            proposed = scored.minimum(self.total - self.verified)
+            scored = np.min([self._scored(member) for member in self.members], axis=0)  # [B]
+            proposed = np.minimum(scored, self.total - self.verified)
             drawable = scored > proposed
             if drawable.any() or proposed.any():
                 return self._collect(proposed, drawable)
@@ -124,7 +126,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def update_candidate_strategy(
         self, emitted: torch.Tensor, candidates: Candidates, num_matches: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> np.ndarray:
         """
         Settles verified positions: keeps the first `num_matches[b]` proposals of row b and, if one was rejected or if
         the row was drawable, `emitted[b]` after them. What was pending behind that token is forgotten.
@@ -134,23 +136,20 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             candidates (`Candidates`): What was verified.
 
         Returns:
-            `torch.LongTensor` `[B]`, CPU: How many tokens each row has gained.
+            `np.ndarray` `[B]`: How many tokens each row has gained.
         """
-        accepted = num_matches.cpu()
+        accepted, tokens = torch.stack([num_matches, emitted]).cpu().numpy()  # the round's only transfer
         self._count(candidates.proposed, accepted)
         emits = (accepted < candidates.proposed) | candidates.drawable
-        rows = emits.nonzero()[:, 0].to(self.ids.device)
-        where = (self.verified + accepted).to(self.ids.device)
-        self.ids[rows, where[rows]] = emitted.to(self.ids.device)[rows]
-
-        gained = accepted + emits.long()
+        gained = accepted + emits
+        self._put(emitted, np.flatnonzero(emits), self.verified + accepted)
         self.verified = self.verified + gained
-        self.total = torch.where(emits, self.verified, self.total)
-        self._seal(emits)
+        self.total = np.where(emits, self.verified, self.total)
+        self._seal(emits, tokens)
         # A token drawn from r has been seen by no member; a kept proposal is settled
-        keep = torch.where(emits, self.verified - 1, self.total)
+        keep = np.where(emits, self.verified - 1, self.total)
         for i, author in enumerate(self.authors):
-            author.forget(keep, settled=torch.where(emits, self.verified - 1, self.verified))
+            author.forget(keep, settled=self.verified - emits)
             self.evidence[i] = drop_first(self.evidence[i], gained)
         self.q = drop_first(self.q, gained)
         self.logits = drop_first(self.logits, gained)
@@ -160,28 +159,25 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.schedule.advanced(int(gained.sum()) / max(int(self.active.sum()), 1))
         return gained
 
-    def retire(self, wanted: torch.Tensor) -> None:
+    def retire(self, wanted: np.ndarray) -> None:
         """Goes on only with rows `[B]` that are wanted and not at their end."""
         self.active = wanted & ~(self.sealed & (self.verified == self.total))
 
-    def _scored(self) -> torch.Tensor:
-        """How many positions from `verified[b]` on each member has scored: `[N, B]`; 0 for rows that are not active."""
-        seen = torch.stack([member.seen for member in self.members])
-        return (seen + 1 - self.verified).clamp(min=0) * self.active
+    def _scored(self, author: Member) -> np.ndarray:
+        """How many positions `[B]` from `verified[b]` on an author has scored; 0 for rows that are not active."""
+        return np.maximum(author.seen + 1 - self.verified, 0) * self.active
 
-    def _readable(self) -> torch.Tensor:
+    def _readable(self) -> np.ndarray:
         """Up to which token `[B]` reading is of use: what follows a sealed row's last token is not wanted."""
-        return torch.where(self.active, self.total - self.sealed.long(), 0)
+        return (self.total - self.sealed) * self.active
 
-    def _open(self) -> torch.Tensor:
+    def _open(self) -> np.ndarray:
         """Rows `[B]` in which another token may be proposed."""
         return self.active & ~self.sealed
 
     def _situation(self) -> Situation:
-        readable = self._readable().tolist()
-        lag = [
-            [max(end - seen, 0) for end, seen in zip(readable, author.seen.tolist())] for author in self.authors
-        ]  # tokens of each row that are worth reading
+        readable = self._readable()
+        lag = [np.maximum(readable - author.seen, 0).tolist() for author in self.authors]
         return Situation(self.current, self.turn, lag, self.pending, self._open().tolist())
 
     def _run_next(self) -> None:
@@ -190,17 +186,17 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.current, self.turn = self.schedule.next(situation)
         author = self.authors[self.current]
         lag = situation.lag[self.current]
-        first = (author.seen + 1).clamp(min=self.prompt_length)  # [B]: the tokens that the new logits predict
-        have = (author.seen + 1 - self.verified).clamp(min=0) * self.active
+        first = np.maximum(author.seen + 1, self.prompt_length)  # [B]: the tokens that the new logits predict
+        have = self._scored(author)
         width = self.schedule.width(self.current, max(lag)) if author.passes else 0
-        logits = self.distribution.align(author.score(self.ids, self._readable().maximum(author.seen), width))
-        late = (self.verified - first).clamp(min=0)  # what a drafter missed needs no scores any more
+        logits = self.distribution.align(author.score(self.ids, np.maximum(self._readable(), author.seen), width))
+        late = np.maximum(self.verified - first, 0)  # what a drafter missed needs no scores any more
         first, logits = first + late, drop_first(logits, late)
         for ran, seconds in author.stopwatch.laps():
             if ran is not None:  # the prompt's pass is no measure for the others
                 pass_costs(author.model).add(len(self.ids), ran, seconds)
                 self.schedule.ran(self.current, seconds)
-        added = torch.where(torch.tensor(lag) > 0, author.seen + 1 - first, 0).clamp(min=0)
+        added = np.maximum(author.seen + 1 - first, 0) * (np.array(lag) > 0)
         evidence = self.distribution.evidence(logits, self.ids, first, added)
         self.evidence[self.current] = append(self.evidence[self.current], have, evidence, added)
         if self.keep_logits and self.current == 0:
@@ -213,33 +209,36 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             return
         pending = self.total - self.verified  # [B]
         evidence, form = window(self.evidence[i], pending, 1), self.drawing.form
-        q = self.distribution.proposal(evidence, self.ids, self.total, rows.long(), form)
-        confidence = top_prob(q[:, 0], form).tolist()
-        wanted = [own if row else None for own, row in zip(confidence, rows.tolist())]
-        if not self.schedule.proposes(self._situation(), wanted):
-            return
+        q = self.distribution.proposal(evidence, self.ids, self.total, rows.astype(int), form)
         tokens = self.drawing.propose(q[:, 0], self.total - self.prompt_length)
-        index = rows.nonzero()[:, 0].to(self.ids.device)
-        self.ids[index, self.total.to(self.ids.device)[index]] = tokens[index]
+        # Fetched together, in one transfer; the decision sees the confidence alone
+        drawn, confidence = torch.stack([tokens.double(), top_prob(q[:, 0], form).double()]).tolist()
+        confidence = [own if row else None for own, row in zip(confidence, rows.tolist())]
+        if not self.schedule.proposes(self._situation(), confidence):
+            return
+        self._put(tokens, np.flatnonzero(rows), self.total)
         if self.drawing.needs_q:
-            self.q = append(self.q, pending, q, rows.long())
-        for row, own in zip(self.pending, wanted):
+            self.q = append(self.q, pending, q, rows.astype(int))
+        for row, own in zip(self.pending, confidence):
             if own is not None:
                 row.append((i, own))
-        self.total = self.total + rows.long()
+        self.total = self.total + rows
         self.proposed[i] += int(rows.sum())
-        self._seal(rows)
+        self._seal(rows, drawn)
 
-    def _seal(self, changed: torch.Tensor) -> None:
+    def _put(self, tokens: torch.Tensor, rows: np.ndarray, where: np.ndarray) -> None:
+        """Writes `tokens[b]` at `ids[b, where[b]]` in some rows."""
+        if len(rows):
+            index = torch.from_numpy(np.stack([rows, where[rows]])).to(self.ids.device)
+            self.ids[index[0], index[1]] = tokens[index[0]].to(self.ids.device)
+
+    def _seal(self, changed: np.ndarray, tokens: Sequence[int]) -> None:
         """Notes for rows with a new last token `[B]` whether anything can follow it."""
-        ends = self.total >= self.max_length
-        if self.stop_tokens is not None:
-            last = pick(self.ids, (self.total - 1)[:, None])[:, 0]
-            ends = ends | torch.isin(last, self.stop_tokens.to(last.device)).cpu()
-        self.sealed = torch.where(changed, ends, self.sealed)
+        ends = (self.total >= self.max_length) | [token in self.stop_tokens for token in tokens]
+        self.sealed = np.where(changed, ends, self.sealed)
 
-    def _collect(self, proposed: torch.Tensor, drawable: torch.Tensor) -> Candidates:
-        count = proposed + drawable.long()
+    def _collect(self, proposed: np.ndarray, drawable: np.ndarray) -> Candidates:
+        count = proposed + drawable
         width = int(count.max())
         evidence = [scores[:, :width] for scores in self.evidence[: len(self.members)]]
         position = (self.ids, self.verified, count)
@@ -260,7 +259,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             drawable=drawable,
         )
 
-    def _count(self, proposed: torch.Tensor, accepted: torch.Tensor) -> None:
+    def _count(self, proposed: np.ndarray, accepted: np.ndarray) -> None:
         """Adds verified and accepted proposals to their authors' account."""
         for row, tried, kept in zip(self.pending, proposed.tolist(), accepted.tolist()):
             for j, (author, confidence) in enumerate(row[: min(kept + 1, tried)]):

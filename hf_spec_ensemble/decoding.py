@@ -4,6 +4,7 @@ the standard ensemble through transformers' own loops."""
 import copy
 import time
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, LogitsProcessor
@@ -126,7 +127,7 @@ def _speculative(
         generation_config,
         model_kwargs,
         max_length=stopping_criteria.max_length or generation_config.max_length,
-        stop_tokens=generation_config._eos_token_tensor if has_eos else None,
+        stop_tokens=generation_config._eos_token_tensor.tolist() if has_eos else (),
         keep_scores=output_scores,
         keep_logits=output_logits,
     )
@@ -209,7 +210,7 @@ class _SharedNoise(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         if self.keep:
             self.log_probs += (scores,)
-        position = torch.full((len(input_ids),), input_ids.shape[1] - self.prompt_length)
+        position = np.full(len(input_ids), input_ids.shape[1] - self.prompt_length)
         drawn = self.drawing.propose(scores.exp(), position)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 

@@ -7,9 +7,10 @@ Each rule is an object with
 - `verify(tokens [B, K], q [B, K, V], r [B, K, V], proposed [B], position [B]) -> accepted [B], emitted [B]` as in
   `verify.verify_maximal`; q only where `needs_q`,
 
-where `position[b]` counts the tokens generated before the (first) one in question, on the CPU.
+where `proposed` and `position`, the number of tokens generated before the (first) one in question, are numpy integers.
 """
 
+import numpy as np
 import torch
 
 from .verify import draw, exponential_noise, verify_match, verify_maximal
@@ -25,7 +26,7 @@ class Greedy:
         return q.argmax(-1)
 
     def verify(self, tokens, q, r, proposed, position):
-        return verify_match(tokens, r.argmax(-1), proposed)
+        return verify_match(tokens, r.argmax(-1), torch.from_numpy(proposed))
 
 
 class Gumbel:
@@ -46,9 +47,9 @@ class Gumbel:
         target = self.pick(r, position)
         first = position.tolist()
         self._noise = {key: noise for key, noise in self._noise.items() if key[1] > first[key[0]]}
-        return verify_match(tokens, target, proposed)
+        return verify_match(tokens, target, torch.from_numpy(proposed))
 
-    def pick(self, probs: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def pick(self, probs: torch.Tensor, position: np.ndarray) -> torch.Tensor:
         """The draws `[B, K]` from `[B, K, V]` with the noise of K positions from `position[b]` on."""
         keys = [(row, int(first) + j) for row, first in enumerate(position) for j in range(probs.shape[1])]
         missing = [key for key in keys if key not in self._noise]
@@ -71,7 +72,8 @@ class Maximal:
         return draw(q, self._uniforms(q, len(q)))
 
     def verify(self, tokens, q, r, proposed, position):
-        return verify_maximal(tokens, q, r, proposed, self._uniforms(r, len(tokens), tokens.shape[1] + 1))
+        uniforms = self._uniforms(r, len(tokens), tokens.shape[1] + 1)
+        return verify_maximal(tokens, q, r, torch.from_numpy(proposed), uniforms)
 
     def _uniforms(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         dtype = torch.float32 if like.device.type == "mps" else torch.float64

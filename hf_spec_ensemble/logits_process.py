@@ -1,5 +1,6 @@
 """EnsembleLogitsProcessor: the standard ensemble, every member token by token, as an ordinary LogitsProcessor."""
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -109,7 +110,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             `torch.Tensor` `[B, V]`: log r.
         """
         self._follow(input_ids)
-        end = torch.full((len(input_ids),), input_ids.shape[1])
+        end = np.full(len(input_ids), input_ids.shape[1])
         logits = [scores[:, None]]  # [B, 1, V] each
         for i, member in enumerate(self.members):
             logits.append(member.score(input_ids, end)[:, -1:])
@@ -119,7 +120,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         aligned = [self.distribution.align(x) for x in logits]
         if self.normalize:
             aligned = [x.log_softmax(-1) for x in aligned]
-        position = (input_ids, end, torch.ones_like(end))
+        position = (input_ids, end, np.ones_like(end))
         evidence = [self.distribution.evidence(x, *position) for x in aligned]
         return self.distribution.target(evidence, *position, self.form)[:, 0]
 
@@ -147,7 +148,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         if torch.equal(previous, current):
             return rows
         # Numbers for the different texts, as their padding hides them, then a cached row for each number
-        visible = self.members[0].visible.long()
+        visible = torch.from_numpy(self.members[0].visible).long()
         _, number = torch.cat([torch.cat([previous, visible], 1), torch.cat([current, visible], 1)]).unique(
             dim=0, return_inverse=True
         )

@@ -7,12 +7,13 @@ from collections.abc import Hashable
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.candidate_generator import _prepare_token_type_ids
 
-from .padded import columns, pick
+from .padded import columns, window
 
 
 # Slots that no row needs any more may make up this share of a cache before it is compacted.
@@ -81,7 +82,7 @@ class Member:
     compacted when there is much of it. Sliding-window layers measure distance in slots, so with those a cache is
     compacted before every pass that follows a hidden slot. For one row all this is the ordinary crop.
 
-    Counts of tokens (`seen` and arguments) are `torch.long` `[B]` on the CPU and include a prompt's left padding.
+    Counts of tokens (`seen` and arguments) are numpy integers `[B]` and include a prompt's left padding.
 
     Args:
         model (`PreTrainedModel`):
@@ -103,24 +104,24 @@ class Member:
 
         batch, self.prompt_length = prompt.shape
         mask = kwargs.get("attention_mask")
-        self.prompt_visible = torch.ones(prompt.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        self.prompt_visible = np.ones(prompt.shape, bool) if mask is None else mask.bool().cpu().numpy()
         self.prompt_positions = self._prompt_positions(kwargs.get("position_ids"))  # [..., B, P]
-        self.visible = torch.ones(batch, 0, dtype=torch.bool)  # [B, S]: the slots that attention may see
-        self.seen = torch.zeros(batch, dtype=torch.long)
-        self.settled = torch.zeros(batch, dtype=torch.long)  # tokens that will never be forgotten
+        self.visible = np.ones((batch, 0), bool)  # [B, S]: the slots that attention may see
+        self.seen = np.zeros(batch, int)
+        self.settled = np.zeros(batch, int)  # tokens that will never be forgotten
 
         self.passes = 0
         self.stopwatch = Stopwatch(model.device)
         self._takes_logits_to_keep = model._supports_logits_to_keep()
         self._sliding = [layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
 
-    def score(self, ids: torch.Tensor, end: torch.Tensor, width: int = 0) -> torch.Tensor:
+    def score(self, ids: torch.Tensor, end: np.ndarray, width: int = 0) -> torch.Tensor:
         """
         Runs one forward pass over the tokens `ids[b, seen[b]:end[b]]`, the whole prompt among them the first time.
 
         Args:
             ids (`torch.LongTensor` `[B, >= max(end)]`): The rows' tokens, prompt included.
-            end (`torch.LongTensor` `[B]`, CPU): `seen` after the pass. Rows with `end[b] == seen[b]` read nothing.
+            end (`np.ndarray` `[B]`): `seen` after the pass. Rows with `end[b] == seen[b]` read nothing.
             width (`int`): Least number of tokens to run over in each row, padded by any tokens, which are forgotten.
 
         Returns:
@@ -128,7 +129,7 @@ class Member:
             those after its last token are given, so `[b, 0]` predicts token `max(seen[b] + 1, P)`.
         """
         self._tidy()
-        count = (end - self.seen).clamp(min=0)
+        count = np.maximum(end - self.seen, 0)
         needed = int(count.max())
         width = max(needed, width)
         index = columns(self.seen, width)  # [B, W]
@@ -137,11 +138,11 @@ class Member:
         if first_pass:
             real[:, : self.prompt_length] &= self.prompt_visible
         # Padding behind a row's tokens need not be hidden from them: attention is causal
-        ahead = real if first_pass else torch.ones_like(real)
-        visible = torch.cat([self.visible, ahead], dim=1)  # [B, S + W]
+        ahead = real if first_pass else np.ones_like(real)
+        visible = np.concatenate([self.visible, ahead], axis=1)  # [B, S + W]
 
         device = self.model.device
-        chunk = pick(ids, index).to(device)
+        chunk = window(ids, self.seen, width).to(device)
         kwargs = dict(self.kwargs)
         if kwargs.get("token_type_ids") is not None:
             kwargs = _prepare_token_type_ids(kwargs, visible.shape[1])
@@ -149,8 +150,8 @@ class Member:
             chunk,
             past_key_values=self.cache,
             # As in generate(): no mask where there is nothing to hide
-            attention_mask=None if visible.all() else visible.long().to(device),
-            position_ids=self._positions(index.minimum((end - 1).clamp(min=0)[:, None])),
+            attention_mask=None if visible.all() else torch.from_numpy(visible).long().to(device),
+            position_ids=self._positions(np.minimum(index, np.maximum(end - 1, 0)[:, None])),
             use_cache=True,
             is_first_iteration=first_pass,
             **kwargs,
@@ -163,7 +164,7 @@ class Member:
             logits = self.model(**inputs, return_dict=True).logits[:, -keep:]
             self.stopwatch.stop(None if first_pass else width)
 
-        self.visible = torch.cat([self.visible, real], dim=1)
+        self.visible = np.concatenate([self.visible, real], axis=1)
         self.seen = self.seen + count
         self.passes += 1
         return logits[:, : logits.shape[1] - (width - needed)]
@@ -174,37 +175,40 @@ class Member:
         if "position_ids" not in inspect.signature(module.forward).parameters:
             return None
         if given is None:
-            given = (self.prompt_visible.cumsum(-1) - 1).clamp(min=0).to(self.model.device)
+            given = torch.from_numpy(np.maximum(self.prompt_visible.cumsum(-1) - 1, 0)).to(self.model.device)
         return given
 
-    def _positions(self, index: torch.Tensor) -> torch.Tensor | None:
+    def _positions(self, index: np.ndarray) -> torch.Tensor | None:
         """The position ids of tokens `index` `[B, K]`: the prompt's as given, then one after the other."""
         given = self.prompt_positions
         if given is None:
             return None
-        beyond = (index - self.prompt_length).to(given.device)  # [B, K], < 0 within the prompt
-        within = index.clamp(max=self.prompt_length - 1).to(given.device).expand(*given.shape[:-1], -1)
-        return torch.where(beyond < 0, given.gather(-1, within), given[..., -1:] + 1 + beyond)
+        beyond = torch.from_numpy(index - self.prompt_length).to(given.device)  # [B, K], < 0 within the prompt
+        after = given[..., -1:] + 1 + beyond
+        if index.min() >= self.prompt_length:
+            return after
+        within = torch.from_numpy(np.minimum(index, self.prompt_length - 1)).to(given.device)
+        return torch.where(beyond < 0, given.gather(-1, within.expand(*given.shape[:-1], -1)), after)
 
-    def forget(self, length: torch.Tensor, settled: torch.Tensor) -> None:
+    def forget(self, length: np.ndarray, settled: np.ndarray) -> None:
         """
         Rolls back: of each row, only the first `length[b]` tokens stay seen.
 
         Args:
-            length (`torch.LongTensor` `[B]`, CPU): May exceed `seen`, then that row forgets nothing.
-            settled (`torch.LongTensor` `[B]`, CPU): No later call asks for less than this.
+            length (`np.ndarray` `[B]`): May exceed `seen`, then that row forgets nothing.
+            settled (`np.ndarray` `[B]`): No later call asks for less than this.
         """
-        dropped = (self.seen - length).clamp(min=0)
+        dropped = np.maximum(self.seen - length, 0)
         self.settled = settled
         if dropped.any():
-            from_end = self.visible.flip(1).cumsum(1).flip(1)  # 1 for a row's last visible slot
+            from_end = self.visible[:, ::-1].cumsum(1)[:, ::-1]  # 1 for a row's last visible slot
             self.visible = self.visible & (from_end > dropped[:, None])
             self.seen = self.seen - dropped
 
     def release(self, length: int) -> Cache:
         """The cache, as `generate()` would leave it after `length` tokens or however many all rows have seen."""
         length = min(int(self.seen.min()), length)
-        everywhere = torch.full_like(self.seen, length)
+        everywhere = np.full_like(self.seen, length)
         self.forget(everywhere, settled=everywhere)
         self._tidy()
         if self.visible.shape[1] != length or self._misaligned():
@@ -217,17 +221,18 @@ class Member:
     def reorder(self, rows: torch.Tensor) -> None:
         """Row b continues what row `rows[b]` was (beam search). `rows`: `torch.LongTensor` `[B]`, CPU."""
         self.cache.reorder_cache(rows.to(self.model.device))
-        self.visible, self.seen, self.settled = self.visible[rows], self.seen[rows], self.settled[rows]
-        self.prompt_visible = self.prompt_visible[rows]
         if self.prompt_positions is not None:
             self.prompt_positions = self.prompt_positions.index_select(-2, rows.to(self.prompt_positions.device))
+        rows = rows.numpy()
+        self.visible, self.seen, self.settled = self.visible[rows], self.seen[rows], self.settled[rows]
+        self.prompt_visible = self.prompt_visible[rows]
 
     def _tidy(self) -> None:
         """Crops slots that are hidden in every row at the end; compacts if it must or if it pays."""
         slots = self.visible.shape[1]
         if slots == 0:
             return
-        in_use = self.visible.any(0).nonzero()
+        in_use = np.flatnonzero(self.visible.any(0))
         unused = slots - 1 - int(in_use[-1]) if len(in_use) else slots
         for layer in self.cache.layers:
             if layer.is_initialized and unused:
@@ -261,14 +266,14 @@ class Member:
 
     def _compact(self, length: int) -> None:
         """Moves every row's visible slots to the end, hidden ones before them, and keeps the last `length` slots."""
-        order = self.visible.long().argsort(dim=1, stable=True)[:, -length:]  # [B, length]
+        order = self.visible.argsort(axis=1, kind="stable")[:, -length:]  # [B, length]
         slots = self.visible.shape[1]
-        self.visible = self.visible.gather(1, order)
+        self.visible = np.take_along_axis(self.visible, order, axis=1)
         for layer in self.cache.layers:
             if not layer.is_initialized:
                 continue
             held = layer.keys.shape[-2]  # the last ones of `slots`
-            source = (order[:, -held:] - (slots - held)).clamp(min=0).to(layer.keys.device)
+            source = torch.from_numpy(np.maximum(order[:, -held:] - (slots - held), 0)).to(layer.keys.device)
             for name in ("keys", "values"):
                 states = getattr(layer, name)  # [B, heads, held, D]
                 spread = source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -91,7 +92,7 @@ class Transcript:
         self.sequences = prompt
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
-        self.unfinished = torch.ones(len(prompt), dtype=torch.bool)  # [B], CPU
+        self.unfinished = np.ones(len(prompt), bool)  # [B]
         self.pad = pad_token_id if pads_finished_rows(stopping_criteria) else None
         self.scores = () if output_scores else None  # one tensor [B, V] a column
         self.logits = () if output_logits else None
@@ -101,34 +102,35 @@ class Transcript:
         }
 
     @property
-    def wanted(self) -> torch.Tensor:
+    def wanted(self) -> np.ndarray:
         """Rows `[B]` whose next tokens are still wanted."""
-        return self.unfinished if self.pad is not None else self.unfinished.any().expand_as(self.unfinished)
+        return self.unfinished if self.pad is not None else self.unfinished.any() | self.unfinished
 
-    def add(self, count: torch.Tensor, **columns: torch.Tensor) -> None:
+    def add(self, count: np.ndarray, **columns: torch.Tensor) -> None:
         """Takes the first `count[b]` of the columns `[B, K, V]` called `scores` or `logits`, if they are to be kept."""
         for name, rows in self._rows.items():
             for row, n in enumerate(count.tolist()):
                 rows[row].extend(columns[name][row, :n])
 
-    def commit(self, ids: torch.Tensor, length: torch.Tensor) -> None:
+    def commit(self, ids: torch.Tensor, length: np.ndarray) -> None:
         """
         Commits all columns that are complete.
 
         Args:
             ids (`torch.LongTensor` `[B, >= T]`): The rows' tokens.
-            length (`torch.LongTensor` `[B]`, CPU): How many of them are verified.
+            length (`np.ndarray` `[B]`): How many of them are verified.
         """
         while self.unfinished.any() and (length > self.sequences.shape[1])[self.wanted].all():
             column = self.sequences.shape[1]
             tokens = ids[:, column]
             if self.pad is not None and not self.unfinished.all():
-                tokens = torch.where(self.unfinished.to(tokens.device), tokens, self.pad.to(tokens.device))
+                going_on = torch.from_numpy(self.unfinished).to(tokens.device)
+                tokens = torch.where(going_on, tokens, self.pad.to(tokens.device))
             self.new_tokens += int(self.wanted.sum())
             self._keep(tokens)
             self.sequences = torch.cat([self.sequences, tokens[:, None]], dim=1)
             done = self.stopping_criteria(self.sequences, self.scores)
-            self.unfinished = self.unfinished & ~done.cpu()
+            self.unfinished = self.unfinished & ~done.cpu().numpy()
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())
 

@@ -1,8 +1,11 @@
 """Applies a call's logits processors to several pending positions at once, each with its own prefix."""
 
+import numpy as np
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
+
+from .padded import pick
 
 
 # Processors that read the scores only: one call serves all positions. Every other one is called position by position.
@@ -41,15 +44,13 @@ class PositionwiseProcessor:
         self.processors = processors
         self.pad_token_id = pad_token_id
 
-    def __call__(
-        self, logits: torch.Tensor, ids: torch.Tensor, first: torch.Tensor, count: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, ids: torch.Tensor, first: np.ndarray, count: np.ndarray) -> torch.Tensor:
         """
         Args:
             logits (`torch.Tensor` `[B, K, V]`): Not changed.
             ids (`torch.LongTensor` `[B, >= T]`): The rows' tokens.
-            first (`torch.LongTensor` `[B]`, CPU): Index in `ids` of the token that `logits[b, 0]` predicts.
-            count (`torch.LongTensor` `[B]`, CPU): How many of the K positions of a row matter.
+            first (`np.ndarray` `[B]`): Index in `ids` of the token that `logits[b, 0]` predicts.
+            count (`np.ndarray` `[B]`): How many of the K positions of a row matter.
 
         Returns:
             `torch.Tensor` `[B, K, V]`: Processed logits; arbitrary where `k >= count[b]`.
@@ -71,16 +72,16 @@ class PositionwiseProcessor:
         lengths = sorted({int(f) + j for f, c in zip(first, count) for j in range(int(c))})
         for length in lengths:
             column = length - first  # [B]
-            rows = ((column >= 0) & (column < count)).nonzero()[:, 0]
+            rows = np.flatnonzero((column >= 0) & (column < count))
             prefix = ids[:, :length]
-            short = (known < length).nonzero()[:, 0]
+            short = np.flatnonzero(known < length)
             if len(short):
                 prefix = prefix.clone()
                 for row in short.tolist():
                     have = max(min(int(known[row]), length), 0)
                     prefix[row] = self.pad_token_id
                     prefix[row, length - have :] = ids[row, :have]
-            every = torch.arange(len(logits))
-            scores = logits[every, column.clamp(0, logits.shape[1] - 1)]  # [B, V]
-            out[rows, column[rows]] = processor(prefix, scores).to(out.dtype)[rows]
+            scores = pick(logits, np.maximum(column, 0)[:, None])[:, 0]  # [B, V]
+            rows, column = (torch.from_numpy(x).to(out.device) for x in (rows, column[rows]))
+            out[rows, column] = processor(prefix, scores).to(out.dtype)[rows]
         return out

@@ -1,5 +1,6 @@
 """The ensemble's distribution: its formulas are tested in test_exactness.py, its edges here."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -78,7 +79,7 @@ def test_a_callable_on_probs_gets_probabilities_and_need_not_normalise():
 
     config = EnsembleConfig(method=total, combine_on="probs")
     distribution = EnsembleDistribution(config, PositionwiseProcessor(LogitsProcessorList()), (8, 8), "cpu")
-    one = torch.ones(3, dtype=torch.long)
+    one = np.ones(3, int)
     r = distribution.target(members(2, 3, 1, 8), torch.zeros(3, 4, dtype=torch.long), 3 * one, one, "probs")
     torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 3, 1, dtype=torch.float64))
     torch.testing.assert_close(r, members(2, 3, 1, 8).softmax(-1).mean(0))

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, PAD, VOCAB, prompts, tiny
@@ -25,9 +26,9 @@ def test_scores_after_any_history_are_those_of_the_whole_prefix(family, batch):
     ids = torch.cat([inputs["input_ids"], torch.full((batch, 100), PAD)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(batch, 100, dtype=torch.long)], 1)
     member = Member(model, {"attention_mask": inputs["attention_mask"]}, inputs["input_ids"])
-    settled = torch.full((batch,), 6)
+    settled = np.full(batch, 6)
     for step in range(40):
-        end = member.seen.clamp(min=7) if step == 0 else member.seen.clone()
+        end = np.maximum(member.seen, 7) if step == 0 else member.seen.copy()
         for row in range(batch):
             fresh = choice.choice([0, 1, 1, 2, 4] if batch > 1 else [1, 2, 4])
             fresh = min(fresh, ids.shape[1] - int(end[row]))
@@ -35,8 +36,8 @@ def test_scores_after_any_history_are_those_of_the_whole_prefix(family, batch):
             end[row] += fresh
         if not (end > member.seen).any():
             continue
-        before = member.seen.clone()
-        logits = member.score(ids, end)
+        before = member.seen.copy()
+        logits = member.score(ids, end, width=choice.choice([0, 5]))  # padded or not
         assert member.seen.tolist() == end.tolist()
         for row in range(batch):
             first = max(int(before[row]), 6)  # of the prompt, only what follows its last token
@@ -45,8 +46,8 @@ def test_scores_after_any_history_are_those_of_the_whole_prefix(family, batch):
             got = logits[row, : len(wanted)]
             if end[row] > before[row]:
                 torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
-        keep = torch.tensor([choice.randint(int(s), int(e)) for s, e in zip(settled, member.seen)])
-        settled = torch.tensor([choice.randint(int(s), int(k)) for s, k in zip(settled, keep)])
+        keep = np.array([choice.randint(int(s), int(e)) for s, e in zip(settled, member.seen)])
+        settled = np.array([choice.randint(int(s), int(k)) for s, k in zip(settled, keep)])
         member.forget(keep, settled)
         assert member.seen.tolist() == keep.tolist()
 
@@ -56,9 +57,11 @@ def test_the_cache_of_a_single_row_is_cropped_and_holds_no_hidden_slots():
     ids = torch.cat([inputs["input_ids"], torch.randint(3, VOCAB, (1, 20))], 1)
     member = Member(model, {}, inputs["input_ids"])
     with torch.no_grad():
-        member.score(ids, torch.tensor([12]))
-        member.forget(torch.tensor([9]), torch.tensor([9]))
-        member.score(ids, torch.tensor([10]))
+        member.score(ids, np.array([12]))
+        member.forget(np.array([9]), np.array([9]))
+        member.score(ids, np.array([10]), width=4)
+    assert member.cache.get_seq_length() == 13, "padded"
+    member._tidy()
     assert member.cache.get_seq_length() == 10
     assert member.visible.all()
 
@@ -70,9 +73,9 @@ def test_hidden_slots_stay_few():
     member = Member(model, {}, inputs["input_ids"])
     with torch.no_grad():
         for step in range(60):
-            end = member.seen.clamp(min=7) + 4
+            end = np.maximum(member.seen, 7) + 4
             member.score(ids, end)
-            keep = end - torch.tensor([[1, 3, 3], [3, 1, 3], [3, 3, 1]])[step % 3]
+            keep = end - np.array([[1, 3, 3], [3, 1, 3], [3, 3, 1]])[step % 3]
             member.forget(keep, keep)
     longest = int(member.seen.max())
     assert member.cache.get_seq_length() < 1.5 * longest + 24

@@ -1,5 +1,6 @@
 """Processors over several positions, padded rows, and the order of turns."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from hf_spec_ensemble.padded import append, columns, drop_first, pick
+from hf_spec_ensemble.padded import append, columns, drop_first, pick, window
 from hf_spec_ensemble.processing import PositionwiseProcessor
 from hf_spec_ensemble.schedule import Situation, Turns
 
@@ -43,8 +44,8 @@ def test_all_positions_at_once_equal_one_at_a_time(name, seed):
     generator = torch.Generator().manual_seed(seed)
     b, k, v = 3, 4, 8
     ids = torch.randint(v, (b, 20), generator=generator)
-    first = torch.randint(4, 8, (b,), generator=generator)
-    count = torch.randint(0, k + 1, (b,), generator=generator)
+    first = torch.randint(4, 8, (b,), generator=generator).numpy()
+    count = torch.randint(0, k + 1, (b,), generator=generator).numpy()
     logits = torch.randn(b, k, v, generator=generator)
     given_logits = logits.clone()
     processors = LogitsProcessorList(PROCESSORS[name])
@@ -63,16 +64,16 @@ LENGTHS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, 
 @given(LENGTHS)
 def test_padded_rows_behave_like_lists(pairs):
     """append and drop_first on a padded tensor, against Python lists."""
-    lists, lengths = [[] for _ in pairs], torch.zeros(len(pairs), dtype=torch.long)
+    lists, lengths = [[] for _ in pairs], np.zeros(len(pairs), int)
     padded = torch.zeros(len(pairs), 0)
     for step in range(3):
-        added = torch.tensor([pair[0] for pair in pairs])
+        added = np.array([pair[0] for pair in pairs])
         new = torch.arange(4.0) + 10 * step + 100 * torch.arange(len(pairs))[:, None]
         padded = append(padded, lengths, new, added)
         for i, n in enumerate(added.tolist()):
             lists[i] = lists[i] + new[i, :n].tolist()
         lengths = lengths + added
-        dropped = torch.tensor([pair[1] for pair in pairs]).minimum(lengths)
+        dropped = np.minimum([pair[1] for pair in pairs], lengths)
         padded = drop_first(padded, dropped)
         lists = [row[n:] for row, n in zip(lists, dropped.tolist())]
         lengths = lengths - dropped
@@ -81,7 +82,10 @@ def test_padded_rows_behave_like_lists(pairs):
 
 def test_pick_gives_the_columns_asked_for():
     padded = torch.arange(12).view(2, 6)
-    assert pick(padded, columns(torch.tensor([1, 3]), 2)).tolist() == [[1, 2], [9, 10]]
+    assert pick(padded, columns(np.array([1, 3]), 2)).tolist() == [[1, 2], [9, 10]]
+    for first in ([1, 3], [1, 1], [5, 5]):
+        first = np.array(first)
+        assert torch.equal(window(padded, first, 2), pick(padded, columns(first, 2)))
 
 
 def _turns(lengths, first, passes=8, prompt=4):
