@@ -3,12 +3,12 @@ confidence."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from .estimates import Acceptance, PassCosts
 from .schedule import Schedule, Situation, Turns
-from .theory import Prediction, best_turns, worth
+from .theory import LOOKUP_LENGTHS, Prediction, best_turns, worth
 
 
 ENOUGH_EVIDENCE = 8  # verified proposals before the first plan
@@ -27,7 +27,6 @@ class Plan:
     prediction: Prediction
     acceptance: list[float]
     costs: list[list[float]]  # [A][w]: seconds per row
-    at_once: int | None
     known: dict[tuple, tuple[float, ...]] = field(default_factory=dict)
 
     def cost(self, author: int, width: int) -> float:
@@ -47,7 +46,7 @@ class Plan:
 
     def worth(self, situation: Situation, chances: Sequence[float], act: str) -> float:
         rate = 1 / self.prediction.seconds_per_token
-        return worth(self.turns, self.acceptance, self.cost, rate, situation, chances, act, self.at_once)
+        return worth(self.turns, self.acceptance, self.cost, rate, situation, chances, act)
 
 
 @dataclass
@@ -83,7 +82,7 @@ class Auto(Schedule):
         members (`int`): N.
         may_propose (`Sequence[bool]`, A): Which authors may.
         first (`int`): The member that begins while nothing is known.
-        at_once (`int`, *optional*): The author, if any, whose proposals all come from one run.
+        at_once (`int`, *optional*), watches (`bool`): As in `Turns`.
     """
 
     def __init__(
@@ -95,19 +94,19 @@ class Auto(Schedule):
         may_propose: Sequence[bool],
         first: int,
         at_once: int | None = None,
+        watches: bool = False,
     ):
         self.memory, self.costs, self.batch = memory, costs, batch
-        self.members, self.may_propose, self.at_once = members, tuple(may_propose), at_once
-        self._ones = Turns(tuple(int(may) for may in may_propose), first, members)
+        self.members, self.may_propose = members, tuple(may_propose)
+        ones = [int(may) for may in may_propose]
+        if at_once is not None:
+            ones[at_once] = 0 if watches else LOOKUP_LENGTHS[1]
+        self._start = Turns(tuple(ones), first, members, at_once, watches)
 
     @property
     def turns(self) -> Turns:
-        """The plan's lengths, or ones."""
-        return self.memory.plan.turns if self.memory.plan else self._ones
-
-    @property
-    def predicted_speedup(self) -> float | None:
-        return self.memory.plan.prediction.speedup if self.memory.plan else None
+        """The plan's lengths; before there is one, those of the start."""
+        return self.memory.plan.turns if self.memory.plan else self._start
 
     def proposes(self, situation, confidence) -> bool:
         author = situation.current
@@ -123,6 +122,22 @@ class Auto(Schedule):
         if turns.may_go_on(situation) and self._goes_on(situation):
             return situation.current, situation.turn + 1
         return turns.hand_over(situation)
+
+    def draft(self, situation, confidence) -> int:
+        plan = self.memory.plan
+        if plan is None or self._takes_measure():
+            return 0
+        chances = {
+            row: self.memory.acceptance[situation.current].chance(own)
+            for row, own in enumerate(confidence)
+            if own is not None
+        }
+        return max(
+            LOOKUP_LENGTHS,
+            key=lambda length: sum(
+                self._worth_of_draft(situation, row, chance, length) for row, chance in chances.items()
+            ),
+        )
 
     def width(self, author, width) -> int:
         costs = self.costs[author]
@@ -153,9 +168,9 @@ class Auto(Schedule):
         tables = [[seconds / self.batch for seconds in table] for table in tables]
         means = [acceptance.mean for acceptance in memory.acceptance]
         turns, prediction = best_turns(
-            self.turns, means, lambda author, width: tables[author][min(width, WIDEST)], self.may_propose, self.at_once
+            self.turns, means, lambda author, width: tables[author][min(width, WIDEST)], self.may_propose
         )
-        plan = Plan(turns, prediction, means, tables, self.at_once)
+        plan = Plan(turns, prediction, means, tables)
         if memory.plan is None or plan.differs(memory.plan):
             memory.plan = plan
         memory.seconds, memory.passes = 0.0, 0
@@ -168,7 +183,7 @@ class Auto(Schedule):
 
     def _goes_on(self, situation: Situation) -> bool:
         plan, current, turn = self.memory.plan, situation.current, situation.turn
-        if plan is None or current == self.at_once:
+        if plan is None:
             return turn < self.turns.lengths[current]
         if turn >= LONGEST:
             return False
@@ -198,7 +213,19 @@ class Auto(Schedule):
         if_lost, if_kept = self._known("go_on", situation, row, values)
         return (1 - survival) * if_lost + survival * if_kept
 
-    def _known(self, question: str, situation: Situation, row: int, values) -> tuple[float, ...]:
+    def _worth_of_draft(self, situation: Situation, row: int, chance: float, length: int) -> float:
+        chance, survival = round(chance, 1), round(self._survival(situation, row), 1)
+
+        def values(plan: Plan, one_row: Situation, kept: list[float], lost: list[float]) -> tuple[float, ...]:
+            one_row.lag = [
+                [unread + length] if author != one_row.current else [unread]
+                for author, (unread,) in enumerate(one_row.lag)
+            ]
+            return (plan.worth(one_row, [*kept[:-1], *([survival] if kept else []), *[chance] * length], "hand_over"),)
+
+        return self._known(("draft", length, chance, survival), situation, row, values)[0]
+
+    def _known(self, question: Hashable, situation: Situation, row: int, values) -> tuple[float, ...]:
         """`values`, worked out once for every situation that a row is in under this plan."""
         plan, current = self.memory.plan, situation.current
         lag = tuple(unread[row] for unread in situation.lag)

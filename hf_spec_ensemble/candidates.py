@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator, GenerationConfig
 
 from .distribution import EnsembleDistribution, top_prob
+from .drafter import GeneratorDrafter
 from .drawing import Greedy
-from .estimates import pass_costs
+from .estimates import PassCosts
 from .member import Member
 from .padded import append, drop_first, window
 from .schedule import Schedule, Situation
@@ -60,11 +61,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     Args:
         members (`list[Member]`): N, in the order `[model, *assistant_models]`.
-        drafters (`list[Member]`): Models that propose and are no part of r. The authors are
+        drafters (`list[Member | GeneratorDrafter]`): Propose and are no part of r. The authors are
             `[*members, *drafters]`.
         input_ids (`torch.LongTensor` `[B, P]`): The prompts.
         distribution (`EnsembleDistribution`), drawing (`drawing.Greedy`, `Gumbel`, `Maximal`), schedule (`Schedule`):
             What is proposed from and verified against, how tokens are drawn, who runs.
+        costs (`list[PassCosts]`, A): Where the times of passes go.
         generation_config (`GenerationConfig`), model_kwargs (`dict`): As `generate()` prepared them.
         max_length (`int`): Tokens of the longest text allowed, prompt included.
         stop_tokens (`Collection[int]`): Tokens after which nothing is proposed.
@@ -74,11 +76,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     def __init__(
         self,
         members: list[Member],
-        drafters: list[Member],
+        drafters: list[Member | GeneratorDrafter],
         input_ids: torch.Tensor,
         distribution: EnsembleDistribution,
         drawing: Greedy,
         schedule: Schedule,
+        costs: list[PassCosts],
         generation_config: GenerationConfig,
         model_kwargs: dict,
         max_length: int,
@@ -89,9 +92,11 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         super().__init__(input_ids, members[-1].model, generation_config, model_kwargs)
         self.members = members
         self.authors = [*members, *drafters]
+        self.models = [author for author in self.authors if isinstance(author, Member)]
         self.distribution = distribution
         self.drawing = drawing
         self.schedule = schedule
+        self.costs = costs
         self.stop_tokens = frozenset(stop_tokens)
 
         batch, prompt_length = input_ids.shape
@@ -105,11 +110,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.current: int | None = None  # the author of the last pass, and its consecutive passes
         self.turn = 0
 
-        self.evidence: list[torch.Tensor | None] = [None] * len(self.authors)  # [B, W, V] each
+        self.evidence: list[torch.Tensor | None] = [None] * len(self.models)  # [B, W, V] each
         self.q: torch.Tensor | None = None  # [B, W, V]
         self.logits: torch.Tensor | None = None  # [B, W, V]
         self.keep_scores, self.keep_logits = keep_scores, keep_logits
         self.pending: list[list[tuple[int, float]]] = [[] for _ in range(batch)]  # author and confidence of proposals
+        self.drawn: list[list[int]] = [[] for _ in range(batch)]  # and which they are
         self.proposed, self.judged, self.accepted = ([0] * len(self.authors) for _ in range(3))  # by author
 
     def get_candidates(self, input_ids: torch.Tensor | None = None, **kwargs) -> Candidates:
@@ -120,7 +126,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             drawable = scored > proposed
             if drawable.any() or proposed.any():
                 return self._collect(proposed, drawable)
-            if self.current is not None:
+            if self.current is not None and self.current < len(self.models):
                 self._propose(self.current)
             self._run_next()
 
@@ -139,8 +145,11 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             `np.ndarray` `[B]`: How many tokens each row has gained.
         """
         accepted, tokens = torch.stack([num_matches, emitted]).cpu().numpy()  # the round's only transfer
-        self._count(candidates.proposed, accepted)
         emits = (accepted < candidates.proposed) | candidates.drawable
+        self._count(candidates.proposed, accepted)
+        for i in range(len(self.models), len(self.authors)):
+            for b, (kept, token) in enumerate(zip(accepted.tolist(), tokens.tolist())):
+                self._learn(i, b, kept, [*self.drawn[b][:kept], *([token] if emits[b] else [])])
         gained = accepted + emits
         self._put(emitted, np.flatnonzero(emits), self.verified + accepted)
         self.verified = self.verified + gained
@@ -148,14 +157,14 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self._seal(emits, tokens)
         # A token drawn from r has been seen by no member; a kept proposal is settled
         keep = np.where(emits, self.verified - 1, self.total)
-        for i, author in enumerate(self.authors):
+        for i, author in enumerate(self.models):
             author.forget(keep, settled=self.verified - emits)
             self.evidence[i] = drop_first(self.evidence[i], gained)
         self.q = drop_first(self.q, gained)
         self.logits = drop_first(self.logits, gained)
-        self.pending = [
-            [] if emitted_ else row[n:] for row, n, emitted_ in zip(self.pending, gained.tolist(), emits.tolist())
-        ]
+        for rows in (self.pending, self.drawn):
+            for row, n, emitted_here in zip(rows, gained.tolist(), emits.tolist()):
+                del row[: len(row) if emitted_here else n]
         self.schedule.advanced(int(gained.sum()) / max(int(self.active.sum()), 1))
         return gained
 
@@ -177,13 +186,16 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def _situation(self) -> Situation:
         readable = self._readable()
-        lag = [np.maximum(readable - author.seen, 0).tolist() for author in self.authors]
+        lag = [np.maximum(readable - model.seen, 0).tolist() for model in self.models]
+        lag += [[0] * len(readable)] * (len(self.authors) - len(lag))  # what is no model has nothing to read
         return Situation(self.current, self.turn, lag, self.pending, self._open().tolist())
 
     def _run_next(self) -> None:
-        """One forward pass of the author whose turn it is; keeps what it scored."""
+        """One forward pass of the author whose turn it is; keeps what it scored. Or one call of a generator."""
         situation = self._situation()
         self.current, self.turn = self.schedule.next(situation)
+        if self.current >= len(self.models):
+            return self._draft(self.current)
         author = self.authors[self.current]
         lag = situation.lag[self.current]
         first = np.maximum(author.seen + 1, self.prompt_length)  # [B]: the tokens that the new logits predict
@@ -192,10 +204,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         logits = self.distribution.align(author.score(self.ids, np.maximum(self._readable(), author.seen), width))
         late = np.maximum(self.verified - first, 0)  # what a drafter missed needs no scores any more
         first, logits = first + late, drop_first(logits, late)
-        for ran, seconds in author.stopwatch.laps():
-            if ran is not None:  # the prompt's pass is no measure for the others
-                pass_costs(author.model).add(len(self.ids), ran, seconds)
-                self.schedule.ran(self.current, seconds)
+        self._take_time(self.current)
         added = np.maximum(author.seen + 1 - first, 0) * (np.array(lag) > 0)
         evidence = self.distribution.evidence(logits, self.ids, first, added)
         self.evidence[self.current] = append(self.evidence[self.current], have, evidence, added)
@@ -219,12 +228,63 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self._put(tokens, np.flatnonzero(rows), self.total)
         if self.drawing.needs_q:
             self.q = append(self.q, pending, q, rows.astype(int))
-        for row, own in zip(self.pending, confidence):
-            if own is not None:
-                row.append((i, own))
-        self.total = self.total + rows
-        self.proposed[i] += int(rows.sum())
-        self._seal(rows, drawn)
+        self._note(i, confidence, [[int(token)] if row else [] for token, row in zip(drawn, rows.tolist())])
+
+    def _draft(self, i: int) -> None:
+        """Drafter i, which is no model, proposes in every open row as many tokens as it has and the schedule wants."""
+        drafter, batch = self.authors[i], len(self.ids)
+        drafts: list[list[int]] = [[] for _ in range(batch)]
+        logits: list[torch.Tensor | None] = [None] * batch
+        drafter.stopwatch.start()
+        for row in np.flatnonzero(self._open()).tolist():
+            end = int(self.total[row])
+            drafts[row], logits[row] = drafter.draft(row, self.ids[row : row + 1, :end], self.max_length - end)
+            stop = next((j + 1 for j, token in enumerate(drafts[row]) if token in self.stop_tokens), None)
+            drafts[row] = drafts[row][:stop]
+        drafter.stopwatch.stop(1)
+        drafter.passes += 1
+        self._take_time(i)
+
+        trust = [drafter.trust[row] if drafts[row] else None for row in range(batch)]
+        length = self.schedule.draft(self._situation(), trust) if any(drafts) else 0
+        for row, tokens in enumerate(drafts):
+            if tokens and not length:
+                drafter.watch(row, int(self.total[row]), tokens)
+            drafts[row] = tokens[:length]
+        longest = max(map(len, drafts))
+        if not longest:
+            return
+        added = np.array([len(tokens) for tokens in drafts])
+        tokens = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in drafts], device=self.ids.device)
+        if self.drawing.needs_q:
+            dtype = torch.promote_types(self.members[0].model.dtype, torch.float32)
+            q = torch.zeros(batch, longest, self.distribution.width, dtype=dtype, device=self.ids.device)
+            q.scatter_(2, tokens[:, :, None], 1.0)  # certain
+            for row, given in enumerate(logits):
+                if given is not None and added[row]:
+                    q[row, : added[row]] = self.distribution.align(given[: added[row]]).softmax(-1)
+            self.q = append(self.q, self.total - self.verified, q, added)
+        for j in range(longest):
+            self._put(tokens[:, j], np.flatnonzero(added > j), self.total + j)
+        self._note(i, trust, drafts)
+
+    def _take_time(self, i: int) -> None:
+        """Passes on how long author i took."""
+        author = self.authors[i]
+        for width, seconds in author.stopwatch.laps():
+            if width is not None:  # the prompt's pass is no measure for the others
+                self.costs[i].add(len(self.ids), width, seconds)
+                self.schedule.ran(i, seconds)
+
+    def _note(self, i: int, confidence: Sequence[float | None], drawn: list[list[int]]) -> None:
+        """Takes up the proposals of author i: so many tokens of each row that all have its confidence there."""
+        for row, tokens in enumerate(drawn):
+            self.pending[row] += [(i, confidence[row])] * len(tokens)
+            self.drawn[row] += tokens
+        added = np.array([len(tokens) for tokens in drawn])
+        self.total = self.total + added
+        self.proposed[i] += int(added.sum())
+        self._seal(added > 0, [tokens[-1] if tokens else -1 for tokens in drawn])
 
     def _put(self, tokens: torch.Tensor, rows: np.ndarray, where: np.ndarray) -> None:
         """Writes `tokens[b]` at `ids[b, where[b]]` in some rows."""
@@ -261,8 +321,20 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def _count(self, proposed: np.ndarray, accepted: np.ndarray) -> None:
         """Adds verified and accepted proposals to their authors' account."""
-        for row, tried, kept in zip(self.pending, proposed.tolist(), accepted.tolist()):
+        for b, (row, tried, kept) in enumerate(zip(self.pending, proposed.tolist(), accepted.tolist())):
             for j, (author, confidence) in enumerate(row[: min(kept + 1, tried)]):
                 self.judged[author] += 1
                 self.accepted[author] += j < kept
                 self.schedule.judged(author, confidence, j < kept)
+                if author >= len(self.models):
+                    self.authors[author].judged(b, j < kept)
+
+    def _learn(self, i: int, b: int, kept: int, gained: list[int]) -> None:
+        """Shows drafter i, which is no model, the tokens that row b has gained, `kept` of them proposals."""
+        drafter = self.authors[i]
+        own = [j < kept for j, (author, _) in enumerate(self.pending[b]) if author == i]
+        if own and gained:
+            drafter.settle(b, self.ids[b : b + 1, : int(self.verified[b]) + kept], len(own), sum(own))
+        for hit in drafter.compare(b, int(self.verified[b]), gained):
+            self.schedule.judged(i, drafter.trust[b], hit)
+            drafter.judged(b, hit)

@@ -7,15 +7,21 @@ import time
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, LogitsProcessor
+from transformers.generation import (
+    CandidateGenerator,
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    LogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from .auto import Auto, Memory
 from .candidates import EnsembleCandidateGenerator, assistant_kwargs
 from .config import EnsembleConfig
 from .distribution import EnsembleDistribution
+from .drafter import PROMPT_LOOKUP, GeneratorDrafter
 from .drawing import Gumbel, drawing_rule
-from .estimates import Acceptance, pass_costs, remembered
+from .estimates import Acceptance, PassCosts, pass_costs, remembered
 from .logits_process import EnsembleLogitsProcessor
 from .member import Member, can_roll_back
 from .output import EnsembleDecoderOnlyOutput, EnsembleStats, Transcript, pads_finished_rows
@@ -23,7 +29,7 @@ from .processing import PositionwiseProcessor
 from .roles import Roles
 from .schedule import Schedule, Turns
 from .theory import predict
-from .validate import STANDARD, assistant_list, check_call, check_members, shared_vocabulary, warn_once
+from .validate import STANDARD, assistant_list, check_call, check_members, is_model, shared_vocabulary, warn_once
 
 
 @torch.no_grad()
@@ -37,7 +43,7 @@ def ensemble_decoding(
     streamer: BaseStreamer | None = None,
     assistant_models: PreTrainedModel | list[PreTrainedModel] | None = None,
     ensemble_config: EnsembleConfig | None = None,
-    drafter: PreTrainedModel | None = None,
+    drafter: PreTrainedModel | str | CandidateGenerator | None = None,
     **model_kwargs,
 ) -> EnsembleDecoderOnlyOutput | torch.LongTensor:
     r"""
@@ -50,8 +56,9 @@ def ensemble_decoding(
             The other members.
         ensemble_config (`EnsembleConfig`, *optional*):
             Defaults to `EnsembleConfig()`.
-        drafter (`PreTrainedModel`, *optional*):
-            Proposes, and is no part of the ensemble.
+        drafter (`PreTrainedModel`, `"prompt_lookup"` or `CandidateGenerator`, *optional*):
+            Proposes, and is no part of the ensemble: a model with the same tokenizer; copies from the text so far; or
+            any of transformers' candidate generators, for a single row.
 
     Returns:
         `torch.LongTensor` `[B, T]`, or with `return_dict_in_generate=True` an `EnsembleDecoderOnlyOutput` (from beam
@@ -95,10 +102,11 @@ def _speculative(
 ):  # fmt: skip
     if synced_gpus:
         raise ValueError(f"`synced_gpus=True` is not supported by a speculative ensemble: use {STANDARD}.")
-    models = [model, *assistants, *([] if drafter is None else [drafter])]
     roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]], drafter is not None)
+    models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
+    max_length = stopping_criteria.max_length or generation_config.max_length
     prepared = [model_kwargs, *assistant_kwargs(models[1:], input_ids, generation_config, model_kwargs)]
-    authors = [Member(models[i], prepared[i], input_ids) for i in roles.order]
+    authors = [Member(models[i], prepared[i], input_ids) for i in roles.order if i < len(models)]
     for author in authors:
         if not can_roll_back(author.cache):
             layers = sorted({type(layer).__name__ for layer in author.cache.layers})
@@ -109,7 +117,11 @@ def _speculative(
             )
     members = authors[: roles.members]
     vocabulary = shared_vocabulary([member.model for member in members])
-    schedule = _schedule(config, roles, authors, len(input_ids), generation_config.do_sample)
+    costs = [pass_costs(author.model) for author in authors]
+    if len(authors) < len(roles.order):
+        authors.append(GeneratorDrafter.of(drafter, len(input_ids), vocabulary[1], max_length))
+        costs.append(remembered([model], ("drafter", _name(drafter)), PassCosts))
+    schedule = _schedule(config, roles, authors, costs, drafter, len(input_ids), generation_config.do_sample)
     pad = generation_config._pad_token_tensor
     has_eos = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
     output_dict = generation_config.return_dict_in_generate
@@ -124,9 +136,10 @@ def _speculative(
         EnsembleDistribution(roles.config(config), process, vocabulary, input_ids.device),
         drawing_rule(generation_config.do_sample, config.coupling),
         schedule,
+        costs,
         generation_config,
         model_kwargs,
-        max_length=stopping_criteria.max_length or generation_config.max_length,
+        max_length=max_length,
         stop_tokens=generation_config._eos_token_tensor.tolist() if has_eos else (),
         keep_scores=output_scores,
         keep_logits=output_logits,
@@ -162,7 +175,7 @@ def _speculative(
         accepted=roles.in_callers_order(candidates_of.accepted),
         member_seconds=roles.in_callers_order(author.stopwatch.seconds for author in authors),
         seconds=time.perf_counter() - start,
-        predicted_speedup=_predicted_speedup(schedule, candidates_of, len(input_ids)),
+        predicted_speedup=_predicted_speedup(schedule.turns, candidates_of, len(input_ids)),
     )
     return EnsembleDecoderOnlyOutput(
         sequences=transcript.sequences,
@@ -173,29 +186,41 @@ def _speculative(
     )
 
 
-def _schedule(config: EnsembleConfig, roles: Roles, authors: list[Member], batch: int, do_sample: bool) -> Schedule:
+def _name(drafter: PreTrainedModel | str | CandidateGenerator | None) -> str | None:
+    """What measurements of a drafter are kept under; a model's are its own."""
+    return drafter if isinstance(drafter, str) or drafter is None else type(drafter).__name__
+
+
+def _schedule(
+    config: EnsembleConfig,
+    roles: Roles,
+    authors: list[Member | GeneratorDrafter],
+    costs: list[PassCosts],
+    drafter: PreTrainedModel | str | CandidateGenerator | None,
+    batch: int,
+    do_sample: bool,
+) -> Schedule:
+    at_once = len(authors) - 1 if isinstance(authors[-1], GeneratorDrafter) else None
     lengths = roles.lengths(config)
     if lengths is not None:
-        return Turns(lengths, roles.smallest, roles.members)
+        return Turns(lengths, roles.first, roles.members, at_once)
     ensemble = (
         config.method, tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
-        config.coupling, config.alternate, do_sample, batch,
+        config.coupling, config.alternate, do_sample, batch, _name(drafter),
     )  # fmt: skip
-    models = [author.model for author in authors]
+    models = [author.model for author in authors if isinstance(author, Member)]
     memory = remembered(models, ensemble, lambda: Memory([Acceptance() for _ in authors]))
-    costs = [pass_costs(model) for model in models]
-    return Auto(memory, costs, batch, roles.members, roles.may_propose(config), roles.smallest)
+    may_propose, watches = roles.may_propose(config), drafter == PROMPT_LOOKUP
+    return Auto(memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches)
 
 
-def _predicted_speedup(schedule: Schedule, candidates_of: EnsembleCandidateGenerator, batch: int) -> float | None:
-    """What `theory.predict` expects of the schedule's lengths, given this call's acceptance and the measured costs."""
-    turns = schedule.turns
-    costs = [pass_costs(author.model) for author in candidates_of.authors]
-    if any(author_costs.measured(batch, 1) is None for author_costs in costs[: turns.members]):
+def _predicted_speedup(turns: Turns, candidates_of: EnsembleCandidateGenerator, batch: int) -> float | None:
+    """What `theory.predict` expects of these lengths, given this call's acceptance and the measured costs."""
+    costs, judged, kept = candidates_of.costs, candidates_of.judged, candidates_of.accepted
+    if any(costs[i].measured(batch, 1) is None for i in range(len(costs)) if i < turns.members or turns.lengths[i]):
         return None
-    judged, kept = candidates_of.judged, candidates_of.accepted
     acceptance = [kept[i] / judged[i] if judged[i] else 0.0 for i in range(len(costs))]
-    return predict(turns, acceptance, lambda author, width: costs[author].seconds(batch, width)).speedup
+    return predict(turns, acceptance, lambda author, width: costs[author].seconds(batch, width) or 0.0).speedup
 
 
 class _SharedNoise(LogitsProcessor):

@@ -89,4 +89,4 @@ class EnsembleDistribution:
 
 def top_prob(values: torch.Tensor, form: str) -> torch.Tensor:
     """The probability `[...]` of the most probable token of q `[..., V]`, given in this form."""
-    return values.amax(-1) if form == "probs" else (values.amax(-1) - values.logsumexp(-1)).exp()
+    return (values if form == "probs" else values.softmax(-1)).amax(-1)

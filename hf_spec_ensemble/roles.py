@@ -17,8 +17,8 @@ class Roles:
     Args:
         order (`tuple[int, ...]`, A): The caller's index of each author.
         members (`int`): N, how many authors form r.
-        smallest (`int`): The author that begins, and that proposes where roles do not alternate: a drafter, or the
-            member with the fewest parameters.
+        first (`int`): The member that begins: the one with the fewest parameters.
+        proposer (`int`): The author that proposes where roles do not alternate: a drafter, or the first member.
 
     Example:
 
@@ -26,13 +26,14 @@ class Roles:
     >>> from hf_spec_ensemble.roles import Roles
 
     >>> roles = Roles.of(EnsembleConfig(weights=[0.5, 0.0, 0.5]), sizes=[70, 10, 70])
-    >>> roles.order, roles.members, roles.smallest
-    ((0, 2, 1), 2, 2)
+    >>> roles.order, roles.members, roles.first, roles.proposer
+    ((0, 2, 1), 2, 0, 2)
     """
 
     order: tuple[int, ...]
     members: int
-    smallest: int
+    first: int
+    proposer: int
 
     @classmethod
     def of(cls, config: EnsembleConfig, sizes: Sequence[int], drafter: bool = False) -> "Roles":
@@ -46,8 +47,8 @@ class Roles:
         drafting = [i for i in range(1, n) if config.weights is not None and config.weights[i] == 0]
         members = [i for i in range(n) if i not in drafting]
         order = (*members, *drafting, *([n] if drafter else []))
-        smallest = min(range(len(members)), key=lambda i: sizes[members[i]])
-        return cls(order, len(members), len(order) - 1 if len(order) > len(members) else smallest)
+        first = min(range(len(members)), key=lambda i: sizes[members[i]])
+        return cls(order, len(members), first, len(order) - 1 if len(order) > len(members) else first)
 
     def config(self, config: EnsembleConfig) -> EnsembleConfig:
         """The config of the members alone."""
@@ -57,7 +58,7 @@ class Roles:
 
     def may_propose(self, config: EnsembleConfig) -> tuple[bool, ...]:
         """Which authors may propose, A."""
-        return tuple(config.alternate or author == self.smallest for author in range(len(self.order)))
+        return tuple(config.alternate or author == self.proposer for author in range(len(self.order)))
 
     def lengths(self, config: EnsembleConfig) -> tuple[int, ...] | None:
         """Proposal lengths of the authors, A, 0 for those that may not propose; `None` if they choose themselves."""
@@ -65,7 +66,7 @@ class Roles:
         if given == AUTO:
             return None
         if isinstance(given, int):
-            lengths = [given if author == self.smallest else 1 for author in range(len(self.order))]
+            lengths = [given if author == self.proposer else 1 for author in range(len(self.order))]
         else:
             lengths = [given[i] for i in self.order]
         return tuple(length * may for length, may in zip(lengths, self.may_propose(config)))

@@ -33,7 +33,7 @@ class Schedule:
     """
     What decides who runs, who proposes and how wide a pass is; told of what came of it.
 
-    Subclasses define `proposes` and `next`; the rest does nothing unless overridden.
+    Subclasses define `proposes`, `next` and `draft`; the rest does nothing unless overridden.
     """
 
     def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> bool:
@@ -48,6 +48,15 @@ class Schedule:
 
     def next(self, situation: Situation) -> tuple[int, int]:
         """The author that runs now, and its consecutive runs with this one. Some member has something to read."""
+        raise NotImplementedError
+
+    def draft(self, situation: Situation, confidence: Sequence[float | None]) -> int:
+        """
+        How many tokens the drafter that runs now, and whose proposals come all at once, may propose in each open row.
+
+        Args:
+            confidence (`Sequence[float]`, B): Its own, of all it proposes in the row.
+        """
         raise NotImplementedError
 
     def width(self, author: int, width: int) -> int:
@@ -76,6 +85,10 @@ class Turns(Schedule):
             With zeros only this is the standard ensemble.
         first (`int`): The member that begins.
         members (`int`): N <= A.
+        at_once (`int`, *optional*): The drafter, if there is one, whose proposals all come from one run and not from a
+            pass for each.
+        watches (`bool`): Whether that drafter costs next to nothing and so has its turn even with length 0, to see how
+            it would have done.
 
     Example:
 
@@ -91,6 +104,8 @@ class Turns(Schedule):
     lengths: tuple[int, ...]
     first: int
     members: int
+    at_once: int | None = None
+    watches: bool = False
 
     @property
     def turns(self) -> "Turns":
@@ -98,6 +113,9 @@ class Turns(Schedule):
 
     def proposes(self, situation, confidence) -> bool:
         return self.lengths[situation.current] > 0
+
+    def draft(self, situation, confidence) -> int:
+        return self.lengths[self.at_once]
 
     def next(self, situation) -> tuple[int, int]:
         current, turn = situation.current, situation.turn
@@ -108,7 +126,7 @@ class Turns(Schedule):
     def may_go_on(self, situation: Situation) -> bool:
         """Whether the author that ran last could run again to propose more."""
         current, lag = situation.current, situation.lag
-        if current is None or (current < self.members and self._level(lag)):
+        if current is None or current == self.at_once or (current < self.members and self._level(lag)):
             return False
         return any(unread > 0 and open_ for unread, open_ in zip(lag[current], situation.open))
 
@@ -117,7 +135,8 @@ class Turns(Schedule):
         current, lag = situation.current, situation.lag
         if current is None or current < self.members:
             for drafter in range(self.members, len(lag)):
-                if self.lengths[drafter] and any(situation.open):
+                has_turn = self.lengths[drafter] or (drafter == self.at_once and self.watches)
+                if has_turn and any(situation.open):
                     return drafter, 1
         unread = [sum(rows) for rows in lag[: self.members]]
         return max(range(self.members), key=lambda member: (unread[member], member == self.first, -member)), 1

@@ -36,7 +36,7 @@ class Prediction:
     speedup: float
 
 
-def predict(turns: Turns, acceptance: Sequence[float], cost: Cost, at_once: int | None = None) -> Prediction:
+def predict(turns: Turns, acceptance: Sequence[float], cost: Cost) -> Prediction:
     """
     Expected speed of a schedule.
 
@@ -44,7 +44,6 @@ def predict(turns: Turns, acceptance: Sequence[float], cost: Cost, at_once: int 
         turns (`Turns`): The schedule, of A authors.
         acceptance (`Sequence[float]`, A): a_i in [0, 1].
         cost (`Callable[[int, int], float]`): c_i(w) in seconds.
-        at_once (`int`, *optional*): The author, if there is one, whose proposals all come from one run.
 
     Returns:
         `Prediction`.
@@ -57,7 +56,7 @@ def predict(turns: Turns, acceptance: Sequence[float], cost: Cost, at_once: int 
     >>> round(predict(Turns((1, 1), first=0, members=2), [0.5, 0.5], lambda author, width: 1.0).seconds_per_token, 6)
     1.5
     """
-    run = _Run(turns, acceptance, cost, at_once)
+    run = _Run(turns, acceptance, cost)
     start = Situation(None, 0, lag=[[1] for _ in turns.lengths])
     tokens, seconds = run.follow(start)
     standard = sum(cost(member, 1) for member in range(turns.members))
@@ -73,7 +72,6 @@ def best_turns(
     acceptance: Sequence[float],
     cost: Cost,
     may_propose: Sequence[bool],
-    at_once: int | None = None,
     gain: float = 0.01,
 ) -> tuple[Turns, Prediction]:
     """
@@ -82,7 +80,7 @@ def best_turns(
 
     Args:
         start (`Turns`): The schedule so far; another one must be faster by the share `gain`.
-        acceptance, cost, at_once: As in `predict`.
+        acceptance, cost: As in `predict`.
         may_propose (`Sequence[bool]`, A): Authors whose length may be positive.
 
     Returns:
@@ -91,7 +89,7 @@ def best_turns(
 
     def seconds(turns: Turns) -> float:
         if turns not in known:
-            known[turns] = predict(turns, acceptance, cost, at_once)
+            known[turns] = predict(turns, acceptance, cost)
         return known[turns].seconds_per_token
 
     known: dict[Turns, Prediction] = {}
@@ -103,7 +101,7 @@ def best_turns(
         before = best
         for author in authors:
             if may_propose[author]:
-                tried = LOOKUP_LENGTHS if author == at_once else LENGTHS
+                tried = LOOKUP_LENGTHS if author == start.at_once else LENGTHS
                 options = [replace(best, lengths=_put(best.lengths, author, length)) for length in tried]
                 best = min((best, *options), key=seconds)
         best = min((best, *(replace(best, first=member) for member in range(start.members))), key=seconds)
@@ -121,7 +119,6 @@ def worth(
     situation: Situation,
     chances: Sequence[float],
     act: str,
-    at_once: int | None = None,
 ) -> float:
     """
     What the rest of a run is expected to bring beyond its price: tokens - rate * seconds until the next rejection, when
@@ -129,16 +126,17 @@ def worth(
     of average-reward dynamic programming, one step of policy improvement.
 
     Args:
-        turns, acceptance, cost, at_once: As in `predict`.
+        turns, acceptance, cost: As in `predict`.
         rate (`float`): Tokens per second to be had on average.
         situation (`Situation`): Of one row, just after a run of `situation.current`.
-        chances (`Sequence[float]`): Probabilities that the row's pending proposals are kept.
+        chances (`Sequence[float]`): Probabilities that the row's pending proposals are kept, the one that is now made
+            among them.
         act (`str`): `"propose"`, `"stop"` (hand over without a proposal), `"go_on"` (run again) or `"hand_over"`.
 
     Returns:
         `float`: Tokens.
     """
-    run = _Run(turns, acceptance, cost, at_once, chances)
+    run = _Run(turns, acceptance, cost, chances)
     tokens, seconds = run.follow(situation, act)
     return tokens - rate * seconds
 
@@ -153,8 +151,8 @@ class _Run:
     or later the schedule repeats itself; the rest is a geometric series then.
     """
 
-    def __init__(self, turns, acceptance, cost, at_once, chances=()):
-        self.turns, self.cost, self.at_once = turns, cost, at_once
+    def __init__(self, turns, acceptance, cost, chances=()):
+        self.turns, self.cost = turns, cost
         self.acceptance = acceptance
         self.chances = list(chances)  # of the proposals pending
         self.runs = [0.0] * len(turns.lengths)
@@ -166,8 +164,8 @@ class _Run:
         at = Situation(situation.current, situation.turn, lag=[[unread] for unread in lag])
         survival, tokens, seconds = 1.0, 0.0, 0.0
         before = {}
-        if act == "propose":
-            self._propose(at, lag)
+        if act == "propose":  # its chance is the last of those given
+            self._to_read(lag, 1)
         for _ in range(LONGEST_RUN):
             at.lag = [[unread] for unread in lag]
             if act in ("stop", "hand_over"):
@@ -180,7 +178,7 @@ class _Run:
             at.current, at.turn = author, turn
             self.runs[author] += survival
             seconds += survival * self.cost(author, max(lag[author], 1))
-            if author == self.at_once:
+            if author == self.turns.at_once:
                 at.turn = length = self.turns.lengths[author]
                 self.chances += [self.acceptance[author]] * length
                 self._to_read(lag, length)
@@ -214,5 +212,5 @@ class _Run:
     def _to_read(self, lag: list[int], tokens: int) -> None:
         """So many more tokens are to be read, except by drafters that never are, or need not."""
         for author in range(len(lag)):
-            if author < self.turns.members or (self.turns.lengths[author] and author != self.at_once):
+            if author < self.turns.members or (self.turns.lengths[author] and author != self.turns.at_once):
                 lag[author] += tokens

@@ -4,8 +4,10 @@ import logging
 from functools import lru_cache
 
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation import CandidateGenerator
 
 from .config import EnsembleConfig
+from .drafter import PROMPT_LOOKUP
 from .processing import STATEFUL
 
 
@@ -20,6 +22,11 @@ STANDARD = "EnsembleConfig(speculative=False)"
 @lru_cache(None)
 def warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def is_model(thing: object) -> bool:
+    """Whether this is a loaded model, perhaps one that PEFT has wrapped."""
+    return hasattr(thing, "prepare_inputs_for_generation") and hasattr(thing, "config")
 
 
 def assistant_list(assistant_models: PreTrainedModel | list[PreTrainedModel] | None) -> list[PreTrainedModel]:
@@ -37,7 +44,9 @@ def assistant_list(assistant_models: PreTrainedModel | list[PreTrainedModel] | N
 
 
 def check_members(
-    members: list[PreTrainedModel], config: EnsembleConfig, drafter: PreTrainedModel | None = None
+    members: list[PreTrainedModel],
+    config: EnsembleConfig,
+    drafter: PreTrainedModel | str | CandidateGenerator | None = None,
 ) -> EnsembleConfig:
     """
     Checks that `members` (`[model, *assistant_models]`) can form the ensemble that `config` describes, and that
@@ -53,10 +62,15 @@ def check_members(
     if not isinstance(config, EnsembleConfig):
         raise TypeError(f"`ensemble_config` must be an EnsembleConfig, but is a {type(config).__name__}: {config!r}.")
     named = [(member, "the main model" if i == 0 else f"assistant model {i}") for i, member in enumerate(members)]
-    if drafter is not None:
+    if is_model(drafter):
         named.append((drafter, "the drafter"))
+    elif drafter is not None and drafter != PROMPT_LOOKUP and not isinstance(drafter, CandidateGenerator):
+        raise ValueError(
+            f"`drafter` must be a model, {PROMPT_LOOKUP!r} or one of transformers' candidate generators, but is "
+            f"{drafter!r}."
+        )
     for member, name in named:
-        if not hasattr(member, "prepare_inputs_for_generation") or not hasattr(member, "config"):
+        if not is_model(member):
             raise TypeError(
                 f"Every member must be a loaded transformers model, but {name} is a {type(member).__name__}: "
                 f"{str(member)[:80]!r}. Load it with AutoModelForCausalLM.from_pretrained first."

@@ -1,0 +1,121 @@
+"""
+Measures what a speculative ensemble of given members gains, against the standard ensemble, each member alone, and
+transformers' own assisted generation, on tasks.
+
+    python -m hf_spec_ensemble.bench
+    python -m hf_spec_ensemble.bench --members ./base ./math --tasks gsm8k mmlu --temperatures 0 1 --num-prompts 32
+    python -m hf_spec_ensemble.bench --members ./large ./small --method contrastive --compare standard fixed:5 auto
+    python -m hf_spec_ensemble.bench --curve batch
+    python -m hf_spec_ensemble.bench --tasks copy --data-file copy=humaneval.jsonl --compare auto drafter:prompt_lookup
+
+The folder --out gets every measurement as JSON lines as it is made (the same command continues after an interrupt, and
+more tasks, variants or prompts may be added), a table in Markdown, and plots.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from ..config import COMBINE_ON, COUPLINGS, METHODS, EnsembleConfig
+from .measure import Bench, environment
+from .plan import CURVES, Plan, Settings
+from .records import Records
+from .report import write_report
+from .tasks import TASKS
+from .variants import NAMES
+
+
+def parser() -> argparse.ArgumentParser:
+    default = Settings()
+    made = argparse.ArgumentParser(
+        prog="python -m hf_spec_ensemble.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--members", nargs="+", default=default.members, metavar="MODEL",
+        help="folders or names on the Hub, the main model first; reader, solver and draft are embedded (default: "
+        "reader solver)",
+    )  # fmt: skip
+    config = made.add_argument_group("ensemble (see EnsembleConfig)")
+    config.add_argument("--method", choices=METHODS, default="weighted")
+    config.add_argument("--weights", type=float, nargs="+")
+    config.add_argument("--contrast", type=float, default=EnsembleConfig.contrast)
+    config.add_argument("--plausibility", type=float, default=EnsembleConfig.plausibility)
+    config.add_argument("--combine-on", choices=COMBINE_ON)
+    config.add_argument("--coupling", choices=COUPLINGS, default=EnsembleConfig.coupling)
+    what = made.add_argument_group("what is measured")
+    what.add_argument("--tasks", nargs="+", default=default.tasks, metavar="TASK", help=f"of {', '.join(TASKS)}")
+    what.add_argument(
+        "--data-file", nargs="+", default=[], metavar="[TASK=]FILE", help="JSON lines instead of the Hub's data sets"
+    )
+    what.add_argument("--compare", nargs="+", metavar="NAME", help=f"what is compared: {NAMES}")
+    what.add_argument("--temperatures", type=float, nargs="+", default=default.temperatures, help="0 is greedy")
+    what.add_argument("--batch-sizes", type=int, nargs="+", default=default.batch_sizes)
+    what.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
+    what.add_argument("--num-prompts", type=int, default=default.num_prompts, help="of each task")
+    what.add_argument("--repeats", type=int, default=default.repeats, help="measurements of the same text")
+    what.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="of sampled texts")
+    what.add_argument("--shots", type=int, help="examples before a question (default: the task's)")
+    what.add_argument("--no-chat-template", dest="chat", action="store_false", help="ask in plain text")
+    what.add_argument("--curve", choices=tuple(CURVES), help="vary this, and draw speed-up and tokens/s against it")
+    what.add_argument("--values", type=int, nargs="+", help="the values of the curve (each curve has defaults)")
+    what.add_argument(
+        "--run-model-code", action="store_true",
+        help="run the code that models write, with limits in a subprocess, to score humaneval",
+    )  # fmt: skip
+    where = made.add_argument_group("where")
+    where.add_argument("--dtype", default=default.dtype)
+    where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    where.add_argument("--threads", type=int, help="of torch on the processor")
+    where.add_argument("--out", type=Path, default=default.out, help="a folder (default: %(default)s)")
+    return made
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """
+    Raises:
+        `ValueError`: for what does not make a config, or files whose task is not clear.
+    """
+    given = dict(vars(args))
+    names = ("method", "weights", "contrast", "plausibility", "combine_on", "coupling")
+    config = EnsembleConfig(**{name: given.pop(name) for name in names})
+    files = {}
+    for entry in given.pop("data_file"):
+        task, separator, file = entry.partition("=")
+        if not separator and len(args.tasks) > 1:
+            raise ValueError(f"--data-file {entry}: with several tasks, say whose it is: TASK={entry}.")
+        files[task if separator else args.tasks[0]] = file if separator else entry
+    return Settings(config=config, data_files=files, **given)
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = parser()
+    args = made.parse_args(argv)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if args.threads is not None and args.threads >= 1:
+        torch.set_num_threads(args.threads)
+    try:
+        plan = Plan(settings_of(args))
+        header = {"settings": plan.settings.pinned(), "environment": environment(plan.settings)}
+        records = Records(plan.settings.out / "records.jsonl", header)
+        bench = Bench(plan, records)
+    except ValueError as error:
+        made.error(str(error))
+    for note in plan.notes:
+        print(note)
+    try:
+        bench.run()
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted. What was measured is in {records.file}; the same command continues.")
+    files = write_report(records, plan.settings.out, plan.notes)
+    print(files[0].read_text(encoding="utf-8"))
+    print(f"Written: {', '.join(str(file) for file in [records.file, *files])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""
+Measures: every variant on every prompt, in turns, each from a call of `generate()` to its return.
+
+The variants take turns prompt by prompt, and who begins changes with each, so that a machine that gets slower or faster
+on the way does so for all. One run of each on the first prompt warms up.
+"""
+
+import hashlib
+import platform
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .. import __version__
+from ..demo.__main__ import locate
+from ..member import Stopwatch
+from .plan import Condition, Group, Plan, Settings
+from .records import Record, Records
+from .tasks import TASKS
+from .variants import STANDARD, Variant, is_speculative
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """What decides over times beside the settings: versions, device, threads."""
+    device = torch.device(settings.device)
+    return {
+        "hf_spec_ensemble": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": settings.threads or torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name; `platform` does not know it on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+class Bench:
+    """
+    Measures a plan into records. Models are loaded when the first of them is needed.
+
+    Args:
+        plan (`Plan`), records (`Records`): What to measure, and what has been.
+
+    Raises:
+        `ValueError`: if a prompt is not the one that the records were made with.
+    """
+
+    def __init__(self, plan: Plan, records: Records):
+        self.plan = plan
+        self.records = records
+        self.settings = plan.settings
+        for condition in plan.conditions:
+            for _, variant, group, seed, repeat in self._units(condition):
+                key = _key(condition, variant.name, group, seed, repeat)
+                if key in records and records[key]["prompt"] != _digest(group):
+                    raise ValueError(
+                        f"Prompt {group.index} of {condition.task} is not the one in {records.file}: the data or the "
+                        "chat template have changed. Write to another folder with --out."
+                    )
+
+    def run(self) -> None:
+        """Measures what is missing, with a progress bar."""
+        units = [unit for condition in self.plan.conditions for unit in self._units(condition)]
+        done = sum(self._is_recorded(*unit) for unit in units)
+        with tqdm(total=len(units), initial=done, unit="run") as bar:
+            for condition in self.plan.conditions:
+                missing = [unit for unit in self._units(condition) if not self._is_recorded(*unit)]
+                bar.set_description(describe(condition))
+                self._warm_up(condition, list({variant.name: variant for _, variant, *_ in missing}.values()))
+                for unit in missing:
+                    self.records.add(self._measure(*unit))
+                    bar.update()
+                self._compare(condition)
+
+    def _units(self, condition: Condition) -> list[tuple[Condition, Variant, Group, int, int]]:
+        """What is to be measured, in order: `(condition, variant, group, seed, repeat)`."""
+        variants = self.plan.variants(condition)
+        turns = product(range(self.settings.repeats), self.plan.seeds(condition), self.plan.groups(condition))
+        units = []
+        for turn, (repeat, seed, group) in enumerate(turns):
+            first = turn % len(variants)
+            units += [(condition, variant, group, seed, repeat) for variant in variants[first:] + variants[:first]]
+        return units
+
+    def _is_recorded(self, condition: Condition, variant: Variant, group: Group, seed: int, repeat: int) -> bool:
+        return _key(condition, variant.name, group, seed, repeat) in self.records
+
+    @cached_property
+    def _models(self) -> dict[str, PreTrainedModel]:
+        """Every member and drafter, once."""
+        s = self.settings
+        dtype = getattr(torch, s.dtype)
+        return {
+            name: AutoModelForCausalLM.from_pretrained(locate(name), dtype=dtype).to(s.device).eval()
+            for name in dict.fromkeys([*s.members, *self.plan.drafters])
+        }
+
+    def _members(self, condition: Condition) -> list[PreTrainedModel]:
+        return [self._models[name] for name in self.plan.member_names(condition.members)]
+
+    def _warm_up(self, condition: Condition, variants: Sequence[Variant]) -> None:
+        group = self.plan.groups(condition)[0]
+        for variant in variants:
+            self._generate(condition, variant, group.prompts, self.settings.seeds[0])
+
+    def _measure(self, condition: Condition, variant: Variant, group: Group, seed: int, repeat: int) -> Record:
+        seconds, output, passes = self._generate(condition, variant, group.prompts, seed)
+        length = max(len(ids) for ids in group.prompts)
+        tokens = [_until_end(row, self._ends) for row in output.sequences[:, length:].tolist()]
+        texts = self.plan.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return {
+            **_key(condition, variant.name, group, seed, repeat),
+            "prompt": _digest(group),
+            "prompt_tokens": [len(ids) for ids in group.prompts],
+            "seconds": seconds,
+            "new_tokens": sum(len(row) for row in tokens),
+            **self._statistics(output, passes, seconds),
+            "scores": self._scores(condition, group, texts),
+            "tokens": tokens,
+            "texts": texts,
+        }
+
+    @staticmethod
+    def _statistics(output: Any, passes: "Passes", seconds: float) -> Record:
+        """An ensemble's own statistics; for transformers' methods, what passes were seen."""
+        stats = getattr(output, "stats", None)
+        if stats is None:
+            return {"forward_passes": passes.counts, "member_seconds": passes.seconds, "loop_seconds": seconds}
+        return {
+            "forward_passes": stats.forward_passes,
+            "member_seconds": stats.member_seconds,
+            "loop_seconds": stats.seconds,
+            "proposed": stats.proposed,
+            "verified": stats.verified,
+            "accepted": stats.accepted,
+            "predicted_speedup": getattr(stats, "predicted_speedup", None),
+        }
+
+    def _scores(self, condition: Condition, group: Group, texts: Sequence[str]) -> list[float] | None:
+        """A score for each row; `None` for prompts that were cut, and where scoring would run code without leave."""
+        task = TASKS[condition.task]
+        if condition.prompt_length is not None or (task.runs_code and not self.settings.run_model_code):
+            return None
+        return [task.score(row, text) for row, text in zip(group.rows, texts)]
+
+    def _generate(
+        self, condition: Condition, variant: Variant, prompts: Sequence[Sequence[int]], seed: int, **more: Any
+    ) -> tuple[float, Any, "Passes"]:
+        """A timed call of `generate()`: seconds, its output, and the passes that were seen."""
+        members = self._members(condition)
+        model, arguments = variant.arguments(members, self._models)
+        arguments |= {"max_new_tokens": self.settings.max_new_tokens, "return_dict_in_generate": True}
+        arguments |= self._padding | _sampling(condition.temperature) | more
+        inputs = _batch(prompts, self._padding["pad_token_id"], model.device)
+        with variant.prepared(members), Passes([] if variant.config else members) as passes:
+            torch.manual_seed(seed)
+            _synchronize(model.device)
+            start = time.perf_counter()
+            output = model.generate(**inputs, **arguments)
+            _synchronize(model.device)
+            seconds = time.perf_counter() - start
+        return seconds, output, passes
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The tokens that end a text: the main model's, for every variant."""
+        ends = self._models[self.settings.members[0]].generation_config.eos_token_id
+        if ends is None:
+            ends = self.plan.tokenizer.eos_token_id
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+    @cached_property
+    def _padding(self) -> dict[str, Any]:
+        pad = self.plan.tokenizer.pad_token_id
+        if pad is None:
+            pad = self._ends[0] if self._ends else 0
+        return {"pad_token_id": pad, "eos_token_id": self._ends or None}
+
+    # What the texts of greedy variants of the ensemble have to do with the standard ensemble's
+
+    def _compare(self, condition: Condition) -> None:
+        """Records where greedy texts leave the standard ensemble's, and how close the decision was there."""
+        if condition.temperature > 0:
+            return
+        for _, variant, group, seed, repeat in self._units(condition):
+            if not is_speculative(variant.name):
+                continue
+            standard = self.records[_key(condition, STANDARD, group, seed, repeat)]["tokens"]
+            own = self.records[_key(condition, variant.name, group, seed, repeat)]["tokens"]
+            for row, (expected, got) in enumerate(zip(standard, own)):
+                key = _key(condition, variant.name, group, seed, repeat) | {"kind": "divergence", "row": row}
+                if expected != got and key not in self.records:
+                    position = first_difference(expected, got)
+                    gap = self._gap(condition, [*group.prompts[row], *expected[:position]])
+                    self.records.add(key | {"position": position, "gap": gap})
+
+    def _gap(self, condition: Condition, ids: list[int]) -> float:
+        """By how much the ensemble's most probable next token leads, in log-probability."""
+        standard = self.plan.variants(condition)[0]
+        _, output, _ = self._generate(condition, standard, [ids], 0, max_new_tokens=1, output_scores=True)
+        first, second = output.scores[0][0].topk(2).values.tolist()
+        return first - second
+
+
+class Passes:
+    """
+    Counts and times models' forward passes while it is entered, for what keeps no statistics of its own.
+
+    Args:
+        models (`Sequence[PreTrainedModel]`): `counts` and `seconds` have one entry for each.
+    """
+
+    def __init__(self, models: Sequence[PreTrainedModel]):
+        self.counts = [0] * len(models)
+        self._models = models
+        self._watches = [Stopwatch(model.device) for model in models]
+        self._hooks: list[Any] = []
+
+    @property
+    def seconds(self) -> list[float]:
+        return [watch.seconds for watch in self._watches]
+
+    def __enter__(self) -> "Passes":
+        for i, model in enumerate(self._models):
+            if all(model is not other for other in self._models[:i]):  # a member may be there twice
+                self._hooks.append(model.register_forward_pre_hook(lambda *_, i=i: self._watches[i].start()))
+                self._hooks.append(model.register_forward_hook(lambda *_, i=i: self._stop(i)))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _stop(self, i: int) -> None:
+        self._watches[i].stop()
+        self.counts[i] += 1
+
+
+def describe(condition: Condition) -> str:
+    """A condition in a few words."""
+    words = [condition.task, f"T = {condition.temperature:g}", f"batch {condition.batch_size}"]
+    words.append(f"{condition.members} members")
+    if condition.prompt_length is not None:
+        words.append(f"prompts of {condition.prompt_length} tokens")
+    return ", ".join(words)
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """
+    The first place where two texts differ; the shorter's end if it is the other's beginning.
+
+    >>> from hf_spec_ensemble.bench.measure import first_difference
+
+    >>> first_difference([5, 6, 7, 8], [5, 6, 9])
+    2
+    """
+    differing = (i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+def _key(condition: Condition, variant: str, group: Group, seed: int, repeat: int) -> Record:
+    return {
+        "kind": "run",
+        **condition.key,
+        "variant": variant,
+        "group": group.index,
+        "seed": seed,
+        "repeat": repeat,
+    }
+
+
+def _digest(group: Group) -> str:
+    return hashlib.sha256(repr(group.prompts).encode()).hexdigest()[:16]
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    """Greedy at 0; else plain sampling, whatever a model's generation config would add."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+
+def _batch(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Prompts as inputs `[B, P]`, padded on the left."""
+    longest = max(len(ids) for ids in prompts)
+    gaps = [longest - len(ids) for ids in prompts]
+    ids = [[pad] * gap + list(ids) for gap, ids in zip(gaps, prompts)]
+    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """A row up to the token that ends it, without the padding after."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
+
+
+def _synchronize(device: torch.device) -> None:
+    """Waits for what runs on the device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

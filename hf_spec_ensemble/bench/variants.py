@@ -1,0 +1,154 @@
+"""What is compared: names as `--compare` takes them, and the arguments of `generate()` that they stand for."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..config import EnsembleConfig
+
+
+STANDARD = "standard"
+TAKE_LENGTHS = ("fixed", "no-alternate", "assisted", "ensemble-weight")
+NAMES = """\
+members (each alone), standard, auto, no-alternate or no-alternate:K, fixed:K or fixed:K,K,.. (one for each member),
+drafter:prompt_lookup, drafter:FOLDER, assisted:K and ensemble-weight:K (transformers' own)"""
+
+NOTES = {
+    "assisted": "transformers' assisted generation of the first two members: the text is the main model's, not the "
+    "ensemble's.",
+    "ensemble-weight": "transformers' `assistant_ensemble_weight`: mixes the two distributions where it verifies, but "
+    "not for the token after, so that the text is not exactly the ensemble's.",
+}
+
+
+def kind_of(name: str) -> str:
+    """`"fixed"` of `"fixed:5"`."""
+    return name.partition(":")[0]
+
+
+def is_speculative(name: str) -> bool:
+    """Whether a variant decodes the ensemble speculatively, so that its greedy text is the standard ensemble's."""
+    return kind_of(name) in ("auto", "fixed", "no-alternate", "drafter")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    One thing that is compared; one of the optional fields is set.
+
+    Args:
+        name (`str`): As `--compare` takes it.
+        alone (`int`, *optional*): A member without the others.
+        config (`EnsembleConfig`, *optional*): An ensemble of all members.
+        drafter (`str`, *optional*): What drafts for that ensemble: `"prompt_lookup"`, or a model's folder or name.
+        assisted (`int`, *optional*): The proposal length of transformers' own assisted generation.
+        weight (`float`, *optional*): The main model's, for `assistant_ensemble_weight` in that.
+    """
+
+    name: str
+    alone: int | None = None
+    config: EnsembleConfig | None = None
+    drafter: str | None = None
+    assisted: int | None = None
+    weight: float | None = None
+
+    @property
+    def drafting_model(self) -> str | None:
+        return None if self.drafter == "prompt_lookup" else self.drafter
+
+    def arguments(
+        self, models: Sequence[PreTrainedModel], drafters: dict[str, PreTrainedModel]
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model whose `generate()` runs, and what is particular to this variant in the arguments."""
+        if self.alone is not None:
+            return models[self.alone], {}
+        if self.config is not None:
+            arguments: dict[str, Any] = {"assistant_model": list(models[1:]), "ensemble_config": self.config}
+            if self.drafter is not None:
+                arguments["drafter"] = drafters.get(self.drafter, self.drafter)
+            return models[0], arguments
+        mixing = {} if self.weight is None else {"assistant_ensemble_weight": self.weight}
+        return models[0], {"assistant_model": models[1], **mixing}
+
+    @contextlib.contextmanager
+    def prepared(self, models: Sequence[PreTrainedModel]) -> Iterator[None]:
+        """Sets the proposal length of assisted generation, which transformers reads from the assistant, for a while."""
+        if self.assisted is None:
+            yield
+            return
+        config = models[1].generation_config
+        wanted = dict(
+            num_assistant_tokens=self.assisted,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+        )
+        before = {name: getattr(config, name) for name in wanted}
+        try:
+            for name, value in wanted.items():
+                setattr(config, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(config, name, value)
+
+
+def parse(name: str, members: int, config: EnsembleConfig, batch_size: int = 1) -> list[Variant] | str:
+    """
+    The variants that a name stands for, in an ensemble of so many members that decodes batches of that size.
+
+    Returns:
+        `list[Variant]`, or a `str` that says why the name does not apply here.
+
+    Raises:
+        `ValueError`: if it is not a name, or its lengths are wrong.
+
+    Example:
+
+    >>> from hf_spec_ensemble import EnsembleConfig
+    >>> from hf_spec_ensemble.bench.variants import parse
+
+    >>> parse("fixed:5,1", 2, EnsembleConfig())[0].config.num_assistant_tokens
+    [5, 1]
+    >>> parse("assisted:5", 2, EnsembleConfig(), batch_size=4)
+    'transformers decodes only one prompt at a time in assisted generation'
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "members" and not rest:
+        return [Variant(f"member:{i}", alone=i) for i in range(members)]
+    if kind == STANDARD and not rest:
+        return [Variant(name, config=replace(config, speculative=False))]
+    if kind == "auto" and not rest:
+        return [Variant(name, config=config)]
+    if kind == "drafter" and rest:
+        return [Variant(name, config=config, drafter=rest)]
+    if kind not in TAKE_LENGTHS or (not rest and kind != "no-alternate"):
+        raise ValueError(f"{name!r} is nothing to compare. There are: {' '.join(NAMES.split())}.")
+
+    lengths = _lengths(name, rest) if rest else []
+    given = {} if not lengths else {"num_assistant_tokens": lengths if len(lengths) > 1 else lengths[0]}
+    if kind in ("fixed", "no-alternate"):
+        made = replace(config, alternate=kind == "fixed", **given)
+        made.for_members([1] * members)  # raises if there is not one length for each member
+        return [Variant(name, config=made)]
+    if len(lengths) > 1:
+        raise ValueError(f"{name!r}: transformers' assisted generation takes one proposal length.")
+    if batch_size > 1:
+        return "transformers decodes only one prompt at a time in assisted generation"
+    if kind == "assisted":
+        return [Variant(name, assisted=lengths[0])]
+    if config.method != "weighted" or members != 2:
+        return "`assistant_ensemble_weight` is a weighted mixture of two members"
+    weight = (config.weights or [0.5])[0]
+    if not 0 < weight < 1:
+        return f"`assistant_ensemble_weight` must be between 0 and 1, but the main model's weight is {weight:g}"
+    return [Variant(name, assisted=lengths[0], weight=weight)]
+
+
+def _lengths(name: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) >= 1 for part in parts):
+        raise ValueError(f"{name!r}: proposal lengths are whole numbers >= 1, separated by commas.")
+    return [int(part) for part in parts]
