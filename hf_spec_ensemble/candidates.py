@@ -149,7 +149,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self._count(candidates.proposed, accepted)
         for i in range(len(self.models), len(self.authors)):
             for b, (kept, token) in enumerate(zip(accepted.tolist(), tokens.tolist())):
-                self._learn(i, b, kept, [*self.drawn[b][:kept], *([token] if emits[b] else [])])
+                self._learn(i, b, kept, [token] if emits[b] else [])
         gained = accepted + emits
         self._put(emitted, np.flatnonzero(emits), self.verified + accepted)
         self.verified = self.verified + gained
@@ -329,12 +329,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
                 if author >= len(self.models):
                     self.authors[author].judged(b, j < kept)
 
-    def _learn(self, i: int, b: int, kept: int, gained: list[int]) -> None:
-        """Shows drafter i, which is no model, the tokens that row b has gained, `kept` of them proposals."""
+    def _learn(self, i: int, b: int, kept: int, drawn: list[int]) -> None:
+        """Shows drafter i, which is no model, what row b has gained: proposals kept, perhaps a token drawn from r."""
         drafter = self.authors[i]
         own = [j < kept for j, (author, _) in enumerate(self.pending[b]) if author == i]
-        if own and gained:
+        if own and kept + len(drawn):
             drafter.settle(b, self.ids[b : b + 1, : int(self.verified[b]) + kept], len(own), sum(own))
-        for hit in drafter.compare(b, int(self.verified[b]), gained):
+        for hit in drafter.compare(b, int(self.verified[b]), [*self.drawn[b][:kept], *drawn], bool(drawn)):
             self.schedule.judged(i, drafter.trust[b], hit)
             drafter.judged(b, hit)

@@ -73,15 +73,25 @@ class GeneratorDrafter:
         self.trust[row] += FORGETTING * (kept - self.trust[row])
 
     def watch(self, row: int, position: int, tokens: list[int]) -> None:
-        """Remembers tokens that were not proposed for position `position` and on."""
-        self.watched[row] = (position, tokens)
+        """Remembers tokens that were not proposed for `position` and on, unless it still watches others."""
+        if not self.watched[row][1]:
+            self.watched[row] = (position, tokens)
 
-    def compare(self, row: int, position: int, tokens: list[int]) -> list[bool]:
-        """Which of the watched tokens came true, up to the first miss; `tokens` now stand at `position` and on."""
+    def compare(self, row: int, position: int, tokens: list[int], drawn: bool) -> list[bool]:
+        """
+        Which of the watched tokens came true, up to the first miss.
+
+        Args:
+            position (`int`): Where the tokens stand that the row has gained.
+            tokens (`list[int]`): These.
+            drawn (`bool`): Whether the last of them was drawn from r, and what was pending behind it fell.
+        """
         start, watched = self.watched[row]
-        if start != position:
-            watched = []
-        hits = [a == b for a, b in zip(watched, tokens)]
+        end = position + len(tokens)
+        if drawn and end <= start:
+            self.watched[row] = (0, [])  # they continued another text
+            return []
+        hits = [a == b for a, b in zip(watched, tokens[max(start - position, 0) :])]
         missed = False in hits
-        self.watched[row] = (0, []) if missed else (position + len(tokens), watched[len(tokens) :])
+        self.watched[row] = (0, []) if missed else (max(start, end), watched[len(hits) :])
         return hits[: hits.index(False) + 1] if missed else hits
