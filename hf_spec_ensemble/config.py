@@ -69,11 +69,13 @@ class EnsembleConfig:
         alternate (`bool`, defaults to `True`):
             Whether members alternate as proposer and verifier. `False`: the drafter, or without one the smallest
             member, always proposes, which is plain speculative decoding against r.
-        coupling (`str`, defaults to `"maximal"`):
-            How sampled proposals are judged (both exact; greedy decoding needs neither). `"maximal"`: accepted with
-            probability min(1, r/q), otherwise replaced from the residual; the highest acceptance there is. `"gumbel"`:
-            proposal and verification share Gumbel noise that depends on the seed and the position alone, so that a
-            seed's text is the standard ensemble's, whatever the proposals; acceptance is a little lower.
+        coupling (`str`, defaults to `"gumbel"`):
+            How sampled proposals are judged; both are exact, and greedy decoding and beam search need neither.
+            `"gumbel"`: proposal and verification share Gumbel noise that depends on the seed and the position alone,
+            so that a seed's text is the standard ensemble's, whatever the proposals and however long passes take.
+            `"maximal"`: accepted with probability min(1, r/q), otherwise replaced from the residual; the highest
+            acceptance there is, but a seed's text depends on what was proposed, and so on measured times unless
+            `num_assistant_tokens` are given.
         speculative (`bool`, defaults to `True`):
             `False` decodes the standard ensemble: every member, token by token.
 
@@ -98,7 +100,7 @@ class EnsembleConfig:
     combine_on: str | None = None
     num_assistant_tokens: int | Sequence[int] | str = AUTO
     alternate: bool = True
-    coupling: str = "maximal"
+    coupling: str = "gumbel"
     speculative: bool = True
 
     def __post_init__(self) -> None:

@@ -264,9 +264,7 @@ def _standard(
     drafter, config, model_kwargs,
 ):  # fmt: skip
     beams = generation_config.num_beams or 1
-    shares_noise = generation_config.do_sample and config.coupling == "gumbel"
-    if beams > 1 and shares_noise:
-        raise ValueError(f"`coupling='gumbel'` has no meaning in beam search (`num_beams` = {beams}): use 'maximal'.")
+    shares_noise = generation_config.do_sample and config.coupling == "gumbel" and beams == 1
     if drafter is not None:
         warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
     roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]])

@@ -4,6 +4,8 @@ Shapes: B rows, K positions, V vocabulary. A row has `proposed[b] <= K` proposal
 r_j is the ensemble's distribution at position j, given the prefix and x_1 ... x_{j-1}. Distributions are probabilities.
 """
 
+from functools import lru_cache
+
 import torch
 
 
@@ -129,17 +131,22 @@ def verify_match(
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
-    """The output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) on int64 tensors, modulo 2^64."""
-
-    def shifted(z: torch.Tensor, bits: int) -> torch.Tensor:  # a logical shift; torch's is arithmetic
-        return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-    state = (state ^ shifted(state, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-    state = (state ^ shifted(state, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return state ^ shifted(state, 31)
+    """The output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) on int64 tensors, mod 2^64; in place."""
+    shifted = torch.empty_like(state)
+    for bits, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):  # 0xBF58..., 0x94D0...
+        torch.bitwise_right_shift(state, bits, out=shifted)
+        state ^= shifted.bitwise_and_((1 << (64 - bits)) - 1)  # a logical shift; torch's is arithmetic
+        if factor != 1:
+            state *= factor
+    return state
 
 
 _STEP = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, splitmix64's increment
+
+
+@lru_cache(maxsize=8)
+def _counters(count: int, device: torch.device) -> torch.Tensor:
+    return _STEP * torch.arange(1, count + 1, device=device)
 
 
 def exponential_noise(seed: int, rows: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -166,6 +173,6 @@ def exponential_noise(seed: int, rows: torch.Tensor, positions: torch.Tensor, vo
     1.0
     """
     key = _mix(_mix(seed + _STEP * (rows + 1)) + _STEP * (positions + 1))
-    token = torch.arange(1, vocab_size + 1, device=key.device)
-    bits = (_mix(key.unsqueeze(-1) + _STEP * token) >> 11) & ((1 << 53) - 1)
+    state = _mix(key.unsqueeze(-1) + _counters(vocab_size, key.device))
+    bits = state.bitwise_right_shift_(11).bitwise_and_((1 << 53) - 1)
     return bits.double().add_(0.5).mul_(2.0**-53).log_().neg_()  # of uniforms in (0, 1)

@@ -139,17 +139,14 @@ def test_processors_reach_every_member_behind_a_config_and_the_ensemble_by_hand(
     torch.testing.assert_close(out.scores[0].softmax(-1).double(), together, rtol=1e-4, atol=1e-7)
 
 
-def test_shared_noise_has_no_meaning_in_beam_search():
-    models = members("llama", 2)
-    with pytest.raises(ValueError, match="`num_beams` = 2"):
-        models[0].generate(
-            **prompts(1),
-            assistant_model=models[1],
-            ensemble_config=standard(coupling="gumbel"),
-            num_beams=2,
-            do_sample=True,
-            max_new_tokens=4,
-        )
+def test_beam_search_needs_no_coupling():
+    models, texts = members("llama", 2), []
+    for coupling in ("maximal", "gumbel"):
+        torch.manual_seed(0)
+        config = standard(coupling=coupling)
+        call = dict(num_beams=2, do_sample=True, max_new_tokens=6)
+        texts.append(models[0].generate(**prompts(1), assistant_model=models[1], ensemble_config=config, **call))
+    assert texts[0].tolist() == texts[1].tolist()
 
 
 def test_members_that_do_not_fit_are_refused_when_it_is_made():

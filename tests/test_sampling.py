@@ -99,14 +99,14 @@ def test_the_standard_ensemble_follows_it_too(name, coupling):
 @pytest.mark.parametrize("lengths,n", [(1, 2), ([3, 1], 2), ([1, 2, 1], 3)])
 def test_samples_of_different_proposal_lengths(lengths, n):
     models = small_members(n, "gemma3")
-    config = oracle.config_of("weighted", n, num_assistant_tokens=lengths)
+    config = oracle.config_of("weighted", n, num_assistant_tokens=lengths, coupling="maximal")
     assert p_value(models, 3, config, "weighted") > 1e-3
 
 
 @pytest.mark.slow
 def test_single_prompts_drawn_one_call_at_a_time():
     models = small_members(2)
-    config = oracle.config_of("weighted", 2)
+    config = oracle.config_of("weighted", 2, coupling="maximal")
     torch.manual_seed(0)
     prompt = batch(1)
     texts = []
@@ -122,7 +122,7 @@ def test_single_prompts_drawn_one_call_at_a_time():
 def test_the_same_seed_gives_the_same_text():
     """With "maximal" for fixed proposal lengths only, since measured times decide otherwise."""
     models = small_members(2)
-    for config in (EnsembleConfig(num_assistant_tokens=2), EnsembleConfig(coupling="gumbel")):
+    for config in (EnsembleConfig(num_assistant_tokens=2, coupling="maximal"), EnsembleConfig()):
         one, two, other = (draw(models, batch(3), config, draws=5, seed=seed) for seed in (1, 1, 2))
         assert one.tolist() == two.tolist() != other.tolist()
 
@@ -158,7 +158,7 @@ def test_it_fails_for_a_kept_bonus_token(monkeypatch):
         return candidates
 
     models = _different()
-    config = oracle.config_of("weighted", 2, num_assistant_tokens=1)
+    config = oracle.config_of("weighted", 2, num_assistant_tokens=1, coupling="maximal")
     assert p_value(models, 3, config, "weighted") > 1e-3
     monkeypatch.setattr(EnsembleCandidateGenerator, "_collect", keep_bonus)
     assert p_value(models, 3, config, "weighted") < 1e-9

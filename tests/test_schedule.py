@@ -228,7 +228,7 @@ def test_samples_follow_the_ensemble_as_it_decides(told_costs, monkeypatch):
     """One row in a call, so that decisions follow the confidence of its proposals."""
     models = small_members(2)
     monkeypatch.setattr("test_sampling.draw", _one_by_one)
-    assert p_value(models, 1, oracle.config_of("weighted", 2), "weighted") > 1e-3
+    assert p_value(models, 1, oracle.config_of("weighted", 2, coupling="maximal"), "weighted") > 1e-3
     assert told_costs == {True, False}
 
 
@@ -264,7 +264,7 @@ def test_the_chi_square_test_fails_where_a_decision_sees_the_token(monkeypatch):
     monkeypatch.setattr(Maximal, "propose", lambda *args: drawn.append(propose(*args)) or drawn[-1])
     monkeypatch.setattr(Turns, "proposes", lambda self, situation, confidence: bool((drawn[-1] > 4).all()))
     models = small_members(2)
-    config = oracle.config_of("weighted", 2, num_assistant_tokens=1)
+    config = oracle.config_of("weighted", 2, num_assistant_tokens=1, coupling="maximal")
     # One row in a call, since the decision is taken for all rows together
     monkeypatch.setattr("test_sampling.draw", _one_by_one)
     assert p_value(models, 1, config, "weighted") < 1e-9

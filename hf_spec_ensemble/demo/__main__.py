@@ -3,7 +3,7 @@ Decodes one prompt with the standard and with the speculative ensemble, in turns
 
     python -m hf_spec_ensemble.demo
     python -m hf_spec_ensemble.demo "A farmer has 12 cows and buys 5 more. How many cows does he have?"
-    python -m hf_spec_ensemble.demo --assistant-model solver --assistant-model draft --do-sample --coupling gumbel
+    python -m hf_spec_ensemble.demo --assistant-model solver --assistant-model draft --do-sample
     python -m hf_spec_ensemble.demo --model ./base --assistant-model ./math --weights 0.6 0.4
 
 Models are local folders or names on the Hub; `reader`, `solver` and `draft` are embedded in the package.
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
 from ..config import AUTO, COMBINE_ON, COUPLINGS, METHODS
+from ..drafter import PROMPT_LOOKUP
 from . import FAMILY
 
 
@@ -34,6 +35,7 @@ def parse_arguments(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to ask (default: a sum about pencils)")
     parser.add_argument("--model", default="reader", help="the main model (default: %(default)s)")
     parser.add_argument("--assistant-model", action="append", help="another member; may be repeated (default: solver)")
+    parser.add_argument("--drafter", help="proposes, and is no part of the ensemble: a model or `prompt_lookup`")
     config = parser.add_argument_group("ensemble (see EnsembleConfig)")
     config.add_argument("--method", choices=METHODS, default="weighted")
     config.add_argument("--weights", type=float, nargs="+")
@@ -81,13 +83,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def run(models: list[PreTrainedModel], inputs, config: EnsembleConfig, args) -> EnsembleDecoderOnlyOutput:
+def run(models: list[PreTrainedModel], drafter, inputs, config: EnsembleConfig, args) -> EnsembleDecoderOnlyOutput:
     set_seed(args.seed)
     sampling = dict(do_sample=True, temperature=args.temperature) if args.do_sample else dict(do_sample=False)
     return models[0].generate(
         **inputs,
         assistant_model=models[1:],
         ensemble_config=config,
+        drafter=drafter if config.speculative else None,
         max_new_tokens=args.max_new_tokens,
         return_dict_in_generate=True,
         **sampling,
@@ -113,10 +116,10 @@ def report(names: list[str], texts: dict[str, str], outputs: dict[str, list], ar
     lines += ["", f"{'':34}{'standard':>12}{'speculative':>13}"]
     rows = [("new tokens", "{:.0f}", lambda s: s.new_tokens)]
     for i, name in enumerate(names):
-        rows.append((f"forward passes of {name}", "{:.0f}", lambda s, i=i: s.forward_passes[i]))
+        rows.append((f"forward passes of {name}", "{:.0f}", lambda s, i=i: _entry(s.forward_passes, i)))
     rows.append(("forward passes per token", "{:.2f}", lambda s: s.passes_per_token))
     for i, name in enumerate(names):
-        rows.append((f"acceptance of {name}'s proposals", "{:.0%}", lambda s, i=i: s.acceptance[i]))
+        rows.append((f"acceptance of {name}'s proposals", "{:.0%}", lambda s, i=i: _entry(s.acceptance, i)))
     for label, form, value in rows:
         pair = [value(out.stats) for out in (standard, speculative)]
         shown = ["-" if x is None else form.format(x) for x in pair]
@@ -128,14 +131,24 @@ def report(names: list[str], texts: dict[str, str], outputs: dict[str, list], ar
     return "\n".join(lines)
 
 
+def _entry(by_author: list, i: int):
+    """The standard ensemble has no drafter."""
+    return by_author[i] if i < len(by_author) else None
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     names = [args.model, *(args.assistant_model or ["solver"])]
     config = config_of(args)
     logging.disable_progress_bar()
-    models = [
-        AutoModelForCausalLM.from_pretrained(locate(name), dtype=args.dtype).to(args.device).eval() for name in names
-    ]
+
+    def load(name: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(locate(name), dtype=args.dtype).to(args.device).eval()
+
+    models, drafter = [load(name) for name in names], args.drafter
+    if drafter is not None:
+        names.append(f"{drafter} (drafter)")
+        drafter = drafter if drafter == PROMPT_LOOKUP else load(drafter)
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model))
     inputs = encode(tokenizer, args.prompt).to(args.device)
 
@@ -143,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     outputs: dict[str, list] = {name: [] for name in configs}
     for repeat in range(args.repeats + 1):
         for name, one in configs.items():
-            out = run(models, inputs, one, args)
+            out = run(models, drafter, inputs, one, args)
             if repeat > 0:  # the first runs warm up
                 outputs[name].append(out)
     prompt_length = inputs["input_ids"].shape[1]
