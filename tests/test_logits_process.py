@@ -66,7 +66,10 @@ def test_sampling_by_hand_is_sampling_from_the_ensemble():
     models, inputs = members("llama", 2), prompts(3)
     processor = se.EnsembleLogitsProcessor(models[0], models[1], oracle.config_of("weighted", 2))
     texts = []
-    for extra in (dict(logits_processor=[processor]), dict(assistant_model=models[1], ensemble_config=standard())):
+    for extra in (
+        dict(logits_processor=[processor]),
+        dict(assistant_model=models[1], ensemble_config=standard(coupling="maximal")),
+    ):
         torch.manual_seed(0)
         texts.append(models[0].generate(**inputs, do_sample=True, max_new_tokens=10, **extra).tolist())
     assert texts[0] == texts[1]

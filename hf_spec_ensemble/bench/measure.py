@@ -148,7 +148,7 @@ class Bench:
             "proposed": stats.proposed,
             "verified": stats.verified,
             "accepted": stats.accepted,
-            "predicted_speedup": getattr(stats, "predicted_speedup", None),
+            "predicted_speedup": stats.predicted_speedup,
         }
 
     def _scores(self, condition: Condition, group: Group, texts: Sequence[str]) -> list[float] | None:

@@ -211,7 +211,7 @@ class Plan:
         if s.curve in sizes:
             sizes[s.curve] = self.values
         for count in sizes["members"]:
-            s.config.for_members([1] * count)  # raises if the method or the weights do not take so many
+            s.config.for_members(count)  # raises if the method or the weights do not take so many
         if max(sizes["members"]) > len(s.members):
             self.notes.append(
                 f"There are {len(s.members)} members for up to {max(sizes['members'])}: they take part several times, "

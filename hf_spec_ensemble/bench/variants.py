@@ -131,7 +131,7 @@ def parse(name: str, members: int, config: EnsembleConfig, batch_size: int = 1) 
     given = {} if not lengths else {"num_assistant_tokens": lengths if len(lengths) > 1 else lengths[0]}
     if kind in ("fixed", "no-alternate"):
         made = replace(config, alternate=kind == "fixed", **given)
-        made.for_members([1] * members)  # raises if there is not one length for each member
+        made.for_members(members)  # raises if there is not one length for each member
         return [Variant(name, config=made)]
     if len(lengths) > 1:
         raise ValueError(f"{name!r}: transformers' assisted generation takes one proposal length.")
