@@ -16,6 +16,9 @@ import torch
 from .verify import draw, exponential_noise, verify_match, verify_maximal
 
 
+KEPT = 16  # positions whose noise is kept; what is needed again later is made again
+
+
 class Greedy:
     """argmax q is proposed, argmax r is emitted."""
 
@@ -38,28 +41,35 @@ class Gumbel:
     def __init__(self):
         # The only draw from torch's global generator: all noise follows from it
         self.seed = int(torch.randint(2**63 - 1, ()))
-        self._noise: dict[tuple[int, int], torch.Tensor] = {}  # by row and position: drawn with, then verified with
+        self._noise: dict[int, torch.Tensor] = {}  # [B, V] by position: drawn with first, then verified with
 
     def propose(self, q, position):
-        return self.pick(q[:, None], position)[:, 0]
+        return (q / self._noise_at(position, q)).argmax(-1)
 
     def verify(self, tokens, q, r, proposed, position):
-        target = self.pick(r, position)
-        first = position.tolist()
-        self._noise = {key: noise for key, noise in self._noise.items() if key[1] > first[key[0]]}
+        noise = [self._noise_at(position + j, r[:, j]) for j in range(r.shape[1])]
+        target = torch.stack([(r[:, j] / noise[j]).argmax(-1) for j in range(r.shape[1])], dim=1)
         return verify_match(tokens, target, torch.from_numpy(proposed))
 
-    def pick(self, probs: torch.Tensor, position: np.ndarray) -> torch.Tensor:
-        """The draws `[B, K]` from `[B, K, V]` with the noise of K positions from `position[b]` on."""
-        keys = [(row, int(first) + j) for row, first in enumerate(position) for j in range(probs.shape[1])]
-        missing = [key for key in keys if key not in self._noise]
-        if missing:
-            device = "cpu" if probs.device.type == "mps" else probs.device  # no float64 there
-            rows, positions = torch.tensor(missing, device=device).T
-            noise = exponential_noise(self.seed, rows, positions, probs.shape[2])
-            self._noise |= dict(zip(missing, noise.to(probs)))
-        noise = torch.stack([self._noise[key] for key in keys]) if len(keys) > 1 else self._noise[keys[0]]
-        return (probs / noise.view(probs.shape)).argmax(-1)
+    def _noise_at(self, position: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+        """The noise `[B, V]` of one position in each row."""
+        first, *others = np.unique(position).tolist()
+        noise = self._noise_of(first, like)
+        for other in others:
+            there = torch.from_numpy(position == other).to(like.device)[:, None]
+            noise = torch.where(there, self._noise_of(other, like), noise)
+        return noise
+
+    def _noise_of(self, position: int, like: torch.Tensor) -> torch.Tensor:
+        """The noise `[B, V]` of the same position in all rows."""
+        if position not in self._noise:
+            device = "cpu" if like.device.type == "mps" else like.device  # no float64 there
+            rows = torch.arange(len(like), device=device)
+            noise = exponential_noise(self.seed, rows, torch.tensor(position, device=device), like.shape[-1])
+            self._noise[position] = noise.to(like)
+            if len(self._noise) > KEPT:
+                del self._noise[next(iter(self._noise))]
+        return self._noise[position]
 
 
 class Maximal:

@@ -1,7 +1,6 @@
 """What has been measured so far: seconds of the members' passes and how often proposals are kept. Kept for the process,
 in memory, as long as the models live."""
 
-from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 PROBED = (1, 2, 4, 8)  # numbers of tokens per row whose passes are measured on purpose
 SAMPLES = 9  # measurements kept for each
 ENOUGH = 2  # measurements before an estimate is used
-STALE = 64  # passes after which a probed width is measured again
+STALE = 256  # passes after which a probed width is measured again
 WORTH_PADDING = 0.95  # a longer pass must cost less than this share of the shorter one to be run instead
 
 
@@ -36,14 +35,14 @@ class PassCosts:
     """
 
     def __init__(self):
-        self._samples: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=SAMPLES))
+        self._samples: dict[tuple[int, int], tuple[float, ...]] = {}  # replaced whole: other threads may be reading
         self._measured_at: dict[tuple[int, int], int] = {}
         self._passes = 0
 
     def add(self, batch: int, width: int, seconds: float) -> None:
         """Takes the measurement of a pass over `width` tokens in each of `batch` rows."""
         self._passes += 1
-        self._samples[batch, width].append(seconds)
+        self._samples[batch, width] = (*self._samples.get((batch, width), ())[1 - SAMPLES :], seconds)
         self._measured_at[batch, width] = self._passes
 
     def measured(self, batch: int, width: int) -> float | None:
@@ -52,7 +51,7 @@ class PassCosts:
         makes it longer. Straight lines between measured widths and beyond them; `None` if this batch size was never
         measured.
         """
-        known = sorted(w for b, w in self._samples if b == batch)
+        known = sorted(w for b, w in list(self._samples) if b == batch)
         if not known:
             return None
         if width in known:

@@ -104,7 +104,7 @@ def test_every_probed_width_is_measured_and_measured_again_when_that_is_long_ago
         probed.append(width)
         costs.add(1, width, 1.0)
     assert probed == [2, 2, 4, 4, 8, 8]
-    for _ in range(100):
+    for _ in range(300):
         costs.add(1, 2, 1.0)
     assert costs.to_probe(1, 2) == 4
 
