@@ -128,18 +128,25 @@ class Turns(Schedule):
         current, lag = situation.current, situation.lag
         if current is None or current == self.at_once or (current < self.members and self._level(lag)):
             return False
-        return any(unread > 0 and open_ for unread, open_ in zip(lag[current], situation.open))
+        return self._reads(situation, current)
 
     def hand_over(self, situation: Situation) -> tuple[int, int]:
         """As `next`, when the author that ran last does not go on."""
         current, lag = situation.current, situation.lag
         if current is None or current < self.members:
             for drafter in range(self.members, len(lag)):
-                has_turn = self.lengths[drafter] or (drafter == self.at_once and self.watches)
-                if has_turn and any(situation.open):
+                if drafter == self.at_once:
+                    has_turn = (self.lengths[drafter] or self.watches) and any(situation.open)
+                else:
+                    has_turn = self.lengths[drafter] and self._reads(situation, drafter)
+                if has_turn:
                     return drafter, 1
         unread = [sum(rows) for rows in lag[: self.members]]
         return max(range(self.members), key=lambda member: (unread[member], member == self.first, -member)), 1
+
+    def _reads(self, situation: Situation, author: int) -> bool:
+        """Whether an author has something to read in a row in which it may propose then."""
+        return any(unread > 0 and open_ for unread, open_ in zip(situation.lag[author], situation.open))
 
     def _level(self, lag: list[list[int]]) -> bool:
         return all(rows == lag[0] for rows in lag[1 : self.members])

@@ -83,7 +83,7 @@ def test_samples_follow_the_ensemble_whatever_a_generator_says(tells, coupling):
     torch.manual_seed(0)
     prompt = torch.tensor([[5, 3, 8]])
     drafter, texts = Guesses(SMALL, tells), []
-    for _ in range(2500):
+    for _ in range(1200):
         out = models[0].generate(
             prompt, attention_mask=torch.ones_like(prompt), assistant_model=models[1], ensemble_config=config,
             drafter=drafter, do_sample=True, max_new_tokens=2,

@@ -121,3 +121,4 @@ def test_a_drafter_runs_before_every_members_turn():
     assert turns.next(Situation(2, 2, lag=[[6], [6], [1]])) == (0, 1)
     assert turns.next(Situation(0, 1, lag=[[1], [7], [2]])) == (2, 1)
     assert turns.next(Situation(0, 1, lag=[[1], [7], [2]], open=[False])) == (1, 1)
+    assert turns.next(Situation(0, 1, lag=[[0], [1], [0]])) == (1, 1), "it has read all, and did not propose"

@@ -131,7 +131,8 @@ def auto(cost, authors, n, first=0, may=None) -> Auto:
     return Auto(Memory([Acceptance() for _ in range(authors)]), costs, 1, n, may or [True] * authors, first)
 
 
-TOLD = [lambda rng: rng.choice([0.1, 0.5, 0.85, 0.99])] * 3
+CONFIDENCES = [0.1, 0.5, 0.85, 0.99]
+TOLD = [lambda rng: rng.choice(CONFIDENCES)] * 3
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -144,14 +145,13 @@ def test_it_is_as_fast_as_the_best_fixed_lengths(chances, cost, informative):
         spread = 0.8 * (confidence - 0.61) if informative else 0.0  # 0.61: the mean confidence
         return min(max(chances[author] + spread, 0.0), 1.0)
 
-    def run(schedule):
-        return simulate(schedule, 2, TOLD[:2], chance, COSTS[cost], tokens=6_000)
-
+    # To fixed lengths, only the mean matters
+    means = [sum(chance(author, told) for told in CONFIDENCES) / len(CONFIDENCES) for author in (0, 1)]
     fixed = {
-        lengths: run(Turns(lengths, first, 2))
+        lengths: predict(Turns(lengths, first, 2), means, COSTS[cost]).seconds_per_token
         for lengths in ((0, 0), (1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (0, 4)) for first in (0, 1)
     }  # fmt: skip
-    chosen = run(auto(COSTS[cost], 2, 2, first=1))
+    chosen = simulate(auto(COSTS[cost], 2, 2, first=1), 2, TOLD[:2], chance, COSTS[cost], tokens=8_000)
     assert chosen < 1.05 * min(fixed.values())
     assert chosen < 1.03 * fixed[0, 0]
 
@@ -232,14 +232,16 @@ def test_samples_follow_the_ensemble_as_it_decides(told_costs, monkeypatch):
     assert told_costs == {True, False}
 
 
+@pytest.mark.parametrize("drafter", [None, "model", "prompt_lookup"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_greedy_text_is_the_same_whatever_is_decided(dice, batch):
+def test_greedy_text_is_the_same_whatever_is_decided(dice, batch, drafter):
     models, inputs = members("llama", 3), prompts(batch)
     text, _ = oracle.greedy(models, inputs, "weighted", 60, eos=())
+    drafter = members("llama", 4)[3] if drafter == "model" else drafter
     for _ in range(3):
         out = models[0].generate(
             **inputs, assistant_model=models[1:], ensemble_config=oracle.config_of("weighted", 3), do_sample=False,
-            max_new_tokens=60, eos_token_id=[10_000],
+            max_new_tokens=60, eos_token_id=[10_000], drafter=drafter,
         )  # fmt: skip
         assert out.tolist() == text.tolist()
 

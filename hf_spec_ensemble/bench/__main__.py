@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..config import COMBINE_ON, COUPLINGS, METHODS, EnsembleConfig
+from ..arguments import add_config_arguments, config_of
 from .measure import Bench, environment
 from .plan import CURVES, Plan, Settings
 from .records import Records
@@ -40,13 +40,7 @@ def parser() -> argparse.ArgumentParser:
         help="folders or names on the Hub, the main model first; reader, solver and draft are embedded (default: "
         "reader solver)",
     )  # fmt: skip
-    config = made.add_argument_group("ensemble (see EnsembleConfig)")
-    config.add_argument("--method", choices=METHODS, default="weighted")
-    config.add_argument("--weights", type=float, nargs="+")
-    config.add_argument("--contrast", type=float, default=EnsembleConfig.contrast)
-    config.add_argument("--plausibility", type=float, default=EnsembleConfig.plausibility)
-    config.add_argument("--combine-on", choices=COMBINE_ON)
-    config.add_argument("--coupling", choices=COUPLINGS, default=EnsembleConfig.coupling)
+    add_config_arguments(made)
     what = made.add_argument_group("what is measured")
     what.add_argument("--tasks", nargs="+", default=default.tasks, metavar="TASK", help=f"of {', '.join(TASKS)}")
     what.add_argument(
@@ -81,8 +75,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         `ValueError`: for what does not make a config, or files whose task is not clear.
     """
     given = dict(vars(args))
-    names = ("method", "weights", "contrast", "plausibility", "combine_on", "coupling")
-    config = EnsembleConfig(**{name: given.pop(name) for name in names})
+    config = config_of(given)
     files = {}
     for entry in given.pop("data_file"):
         task, separator, file = entry.partition("=")

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
-from ..config import AUTO, COMBINE_ON, COUPLINGS, METHODS
+from ..arguments import add_config_arguments, config_of
+from ..config import AUTO
 from ..drafter import PROMPT_LOOKUP
 from . import FAMILY
 
@@ -36,15 +37,9 @@ def parse_arguments(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="reader", help="the main model (default: %(default)s)")
     parser.add_argument("--assistant-model", action="append", help="another member; may be repeated (default: solver)")
     parser.add_argument("--drafter", help="proposes, and is no part of the ensemble: a model or `prompt_lookup`")
-    config = parser.add_argument_group("ensemble (see EnsembleConfig)")
-    config.add_argument("--method", choices=METHODS, default="weighted")
-    config.add_argument("--weights", type=float, nargs="+")
-    config.add_argument("--contrast", type=float, default=EnsembleConfig.contrast)
-    config.add_argument("--plausibility", type=float, default=EnsembleConfig.plausibility)
-    config.add_argument("--combine-on", choices=COMBINE_ON)
+    config = add_config_arguments(parser)
     config.add_argument("--num-assistant-tokens", type=int, nargs="+", help="default: they choose themselves")
     config.add_argument("--no-alternate", dest="alternate", action="store_false")
-    config.add_argument("--coupling", choices=COUPLINGS, default=EnsembleConfig.coupling)
     run = parser.add_argument_group("run")
     run.add_argument("--max-new-tokens", type=int, default=128)
     run.add_argument("--do-sample", action="store_true")
@@ -59,20 +54,6 @@ def parse_arguments(args: list[str] | None = None) -> argparse.Namespace:
 def locate(name: str) -> str:
     """The folder of an embedded model, or the name as it is."""
     return str(FAMILY / name) if name in ("reader", "solver", "draft") else name
-
-
-def config_of(args: argparse.Namespace) -> EnsembleConfig:
-    lengths = args.num_assistant_tokens or [AUTO]
-    return EnsembleConfig(
-        method=args.method,
-        weights=args.weights,
-        contrast=args.contrast,
-        plausibility=args.plausibility,
-        combine_on=args.combine_on,
-        num_assistant_tokens=lengths[0] if len(lengths) == 1 else lengths,
-        alternate=args.alternate,
-        coupling=args.coupling,
-    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
@@ -139,7 +120,12 @@ def _entry(by_author: list, i: int):
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     names = [args.model, *(args.assistant_model or ["solver"])]
-    config = config_of(args)
+    lengths = args.num_assistant_tokens or [AUTO]
+    config = config_of(
+        vars(args).copy(),
+        num_assistant_tokens=lengths[0] if len(lengths) == 1 else lengths,
+        alternate=args.alternate,
+    )
     logging.disable_progress_bar()
 
     def load(name: str) -> PreTrainedModel:

@@ -1,0 +1,35 @@
+"""The config's fields on a command line, for the package's programs."""
+
+import argparse
+from typing import Any
+
+from .config import COMBINE_ON, COUPLINGS, METHODS, EnsembleConfig
+
+
+FIELDS = ("method", "weights", "contrast", "plausibility", "combine_on", "coupling")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the options that say how members are combined and tokens drawn; gives their group, to add more."""
+    group = parser.add_argument_group("ensemble (see EnsembleConfig)")
+    group.add_argument("--method", choices=METHODS, default="weighted")
+    group.add_argument("--weights", type=float, nargs="+")
+    group.add_argument("--contrast", type=float, default=EnsembleConfig.contrast)
+    group.add_argument("--plausibility", type=float, default=EnsembleConfig.plausibility)
+    group.add_argument("--combine-on", choices=COMBINE_ON)
+    group.add_argument("--coupling", choices=COUPLINGS, default=EnsembleConfig.coupling)
+    return group
+
+
+def config_of(given: dict[str, Any], **more: Any) -> EnsembleConfig:
+    """
+    The config that parsed arguments describe; takes its fields out of `given`.
+
+    Args:
+        given (`dict`): By name, from `vars(namespace)`.
+        more: Further fields.
+
+    Raises:
+        `ValueError`, `TypeError`: as `EnsembleConfig` does.
+    """
+    return EnsembleConfig(**{name: given.pop(name) for name in FIELDS}, **more)
