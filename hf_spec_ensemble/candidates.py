@@ -242,7 +242,6 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             stop = next((j + 1 for j, token in enumerate(drafts[row]) if token in self.stop_tokens), None)
             drafts[row] = drafts[row][:stop]
         drafter.stopwatch.stop(1)
-        drafter.passes += 1
         self._take_time(i)
 
         trust = [drafter.trust[row] if drafts[row] else None for row in range(batch)]

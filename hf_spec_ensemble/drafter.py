@@ -30,7 +30,7 @@ class GeneratorDrafter:
         self.on_host = on_host
         self.vocab_size = vocab_size
         self.stopwatch = Stopwatch(torch.device("cpu"))
-        self.passes = 0  # calls
+        self.passes = 0  # it makes no forward passes
         self.trust = [0.5] * len(generators)  # [B]: recent share of proposals kept, standing in for a confidence
         # [B]: where tokens that were not proposed would have stood, and the tokens; to learn from what comes instead
         self.watched: list[tuple[int, list[int]]] = [(0, [])] * len(generators)

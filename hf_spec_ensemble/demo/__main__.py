@@ -94,19 +94,20 @@ def report(names: list[str], texts: dict[str, str], outputs: dict[str, list], ar
             if drawn
             else "Tokens: NOT identical"
         ]
-    lines += ["", f"{'':34}{'standard':>12}{'speculative':>13}"]
     rows = [("new tokens", "{:.0f}", lambda s: s.new_tokens)]
     for i, name in enumerate(names):
         rows.append((f"forward passes of {name}", "{:.0f}", lambda s, i=i: _entry(s.forward_passes, i)))
     rows.append(("forward passes per token", "{:.2f}", lambda s: s.passes_per_token))
     for i, name in enumerate(names):
         rows.append((f"acceptance of {name}'s proposals", "{:.0%}", lambda s, i=i: _entry(s.acceptance, i)))
+    width = max(len(label) for label, *_ in rows) + 2
+    lines += ["", f"{'':{width}}{'standard':>12}{'speculative':>13}"]
     for label, form, value in rows:
         pair = [value(out.stats) for out in (standard, speculative)]
         shown = ["-" if x is None else form.format(x) for x in pair]
-        lines.append(f"{label:34}{shown[0]:>12}{shown[1]:>13}")
+        lines.append(f"{label:{width}}{shown[0]:>12}{shown[1]:>13}")
     medians = [statistics.median(o.stats.seconds for o in outputs[name]) for name in ("standard", "speculative")]
-    lines.append(f"{'seconds (median)':34}{medians[0]:>12.2f}{medians[1]:>13.2f}")
+    lines.append(f"{'seconds (median)':{width}}{medians[0]:>12.2f}{medians[1]:>13.2f}")
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     lines += ["", f"Speed ratio: {statistics.median(ratios):.2f}x (median of {len(ratios)} pairs of runs, {spread})"]
     return "\n".join(lines)
