@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator, GenerationConfig
 
-from .distribution import EnsembleDistribution, top_prob
+from .distribution import EnsembleDistribution
 from .drafter import GeneratorDrafter
 from .drawing import Greedy
 from .estimates import PassCosts
 from .member import Member
-from .padded import append, drop_first, window
+from .padded import Ragged, window
 from .schedule import Schedule, Situation
 
 
@@ -57,7 +57,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     but what it has scored or not holds up nothing.
 
     The rows' tokens are `ids[b, :total[b]]`, of which `ids[b, :verified[b]]` are final; counts are numpy integers.
-    Scores of pending positions are held in tensors whose column j belongs to token `verified[b] + j`.
+    Scores of pending positions are held by row, the j-th belonging to token `verified[b] + j`.
 
     Args:
         members (`list[Member]`): N, in the order `[model, *assistant_models]`.
@@ -110,9 +110,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.current: int | None = None  # the author of the last pass, and its consecutive passes
         self.turn = 0
 
-        self.evidence: list[torch.Tensor | None] = [None] * len(self.models)  # [B, W, V] each
-        self.q: torch.Tensor | None = None  # [B, W, V]
-        self.logits: torch.Tensor | None = None  # [B, W, V]
+        self.evidence = [Ragged(batch) for _ in self.models]
+        self.q = Ragged(batch)
+        self.logits = Ragged(batch)
         self.keep_scores, self.keep_logits = keep_scores, keep_logits
         self.pending: list[list[tuple[int, float]]] = [[] for _ in range(batch)]  # author and confidence of proposals
         self.drawn: list[list[int]] = [[] for _ in range(batch)]  # and which they are
@@ -121,7 +121,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     def get_candidates(self, input_ids: torch.Tensor | None = None, **kwargs) -> Candidates:
         """Runs members until some active row has a position that all have scored. The arguments are not needed."""
         while True:
-            scored = np.min([self._scored(member) for member in self.members], axis=0)  # [B]
+            scored = self._scored(np.minimum.reduce([member.seen for member in self.members]))  # [B]
             proposed = np.minimum(scored, self.total - self.verified)
             drawable = scored > proposed
             if drawable.any() or proposed.any():
@@ -157,11 +157,10 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self._seal(emits, tokens)
         # A token drawn from r has been seen by no member; a kept proposal is settled
         keep = np.where(emits, self.verified - 1, self.total)
-        for i, author in enumerate(self.models):
+        for author in self.models:
             author.forget(keep, settled=self.verified - emits)
-            self.evidence[i] = drop_first(self.evidence[i], gained)
-        self.q = drop_first(self.q, gained)
-        self.logits = drop_first(self.logits, gained)
+        for held in (*self.evidence, self.q, self.logits):
+            held.drop_first(gained)
         for rows in (self.pending, self.drawn):
             for row, n, emitted_here in zip(rows, gained.tolist(), emits.tolist()):
                 del row[: len(row) if emitted_here else n]
@@ -172,9 +171,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         """Goes on only with rows `[B]` that are wanted and not at their end."""
         self.active = wanted & ~(self.sealed & (self.verified == self.total))
 
-    def _scored(self, author: Member) -> np.ndarray:
-        """How many positions `[B]` from `verified[b]` on an author has scored; 0 for rows that are not active."""
-        return np.maximum(author.seen + 1 - self.verified, 0) * self.active
+    def _scored(self, seen: np.ndarray) -> np.ndarray:
+        """How many positions `[B]` from `verified[b]` on are scored after so many tokens; 0 if a row is not active."""
+        return np.maximum(seen + 1 - self.verified, 0) * self.active
 
     def _readable(self) -> np.ndarray:
         """Up to which token `[B]` reading is of use: what follows a sealed row's last token is not wanted."""
@@ -199,17 +198,19 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         author = self.authors[self.current]
         lag = situation.lag[self.current]
         first = np.maximum(author.seen + 1, self.prompt_length)  # [B]: the tokens that the new logits predict
-        have = self._scored(author)
+        have = self._scored(author.seen)
         width = self.schedule.width(self.current, max(lag)) if author.passes else 0
         logits = self.distribution.align(author.score(self.ids, np.maximum(self._readable(), author.seen), width))
-        late = np.maximum(self.verified - first, 0)  # what a drafter missed needs no scores any more
-        first, logits = first + late, drop_first(logits, late)
         self._take_time(self.current)
-        added = np.maximum(author.seen + 1 - first, 0) * (np.array(lag) > 0)
-        evidence = self.distribution.evidence(logits, self.ids, first, added)
-        self.evidence[self.current] = append(self.evidence[self.current], have, evidence, added)
+        late = np.maximum(self.verified - first, 0)  # what a drafter missed needs no scores any more
+        unwanted = int(late.min())
+        first, late, logits = first + unwanted, late - unwanted, logits[:, unwanted:]
+        count = np.maximum(author.seen + 1 - first, 0) * (np.array(lag) > 0)
+        evidence = self.distribution.evidence(logits, self.ids, first, count)
+        added = np.maximum(count - late, 0)
+        self.evidence[self.current].put(have, evidence, late, added)
         if self.keep_logits and self.current == 0:
-            self.logits = append(self.logits, have, logits, added)
+            self.logits.put(have, logits, late, added)
 
     def _propose(self, i: int) -> None:
         """Author i proposes, if the schedule wants it, the next token of every open row of which it has seen all."""
@@ -217,17 +218,17 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         if not rows.any():
             return
         pending = self.total - self.verified  # [B]
-        evidence, form = window(self.evidence[i], pending, 1), self.drawing.form
+        evidence, form = self.evidence[i].window(pending, 1), self.drawing.form
         q = self.distribution.proposal(evidence, self.ids, self.total, rows.astype(int), form)
         tokens = self.drawing.propose(q[:, 0], self.total - self.prompt_length)
         # Fetched together, in one transfer; the decision sees the confidence alone
-        drawn, confidence = torch.stack([tokens.double(), top_prob(q[:, 0], form).double()]).tolist()
+        drawn, confidence = torch.stack([tokens.double(), self.distribution.top_prob(q[:, 0], form).double()]).tolist()
         confidence = [own if row else None for own, row in zip(confidence, rows.tolist())]
         if not self.schedule.proposes(self._situation(), confidence):
             return
         self._put(tokens, np.flatnonzero(rows), self.total)
         if self.drawing.needs_q:
-            self.q = append(self.q, pending, q, rows.astype(int))
+            self.q.put(pending, q, np.zeros_like(pending), rows.astype(int))
         self._note(i, confidence, [[int(token)] if row else [] for token, row in zip(drawn, rows.tolist())])
 
     def _draft(self, i: int) -> None:
@@ -262,7 +263,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             for row, given in enumerate(logits):
                 if given is not None and added[row]:
                     q[row, : added[row]] = self.distribution.align(given[: added[row]]).softmax(-1)
-            self.q = append(self.q, self.total - self.verified, q, added)
+            self.q.put(self.total - self.verified, q, np.zeros_like(added), added)
         for j in range(longest):
             self._put(tokens[:, j], np.flatnonzero(added > j), self.total + j)
         self._note(i, trust, drafts)
@@ -287,7 +288,10 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def _put(self, tokens: torch.Tensor, rows: np.ndarray, where: np.ndarray) -> None:
         """Writes `tokens[b]` at `ids[b, where[b]]` in some rows."""
-        if len(rows):
+        column = int(where[0])
+        if len(rows) == len(where) and (where == column).all():
+            self.ids[:, column] = tokens
+        elif len(rows):
             index = torch.from_numpy(np.stack([rows, where[rows]])).to(self.ids.device)
             self.ids[index[0], index[1]] = tokens[index[0]].to(self.ids.device)
 
@@ -299,21 +303,21 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     def _collect(self, proposed: np.ndarray, drawable: np.ndarray) -> Candidates:
         count = proposed + drawable
         width = int(count.max())
-        evidence = [scores[:, :width] for scores in self.evidence[: len(self.members)]]
+        start = np.zeros_like(count)
+        evidence = [held.window(start, width) for held in self.evidence[: len(self.members)]]
         position = (self.ids, self.verified, count)
         form = self.drawing.form
         log_r = self.distribution.target(evidence, *position, "log_probs") if self.keep_scores else None
         r = log_r.exp() if self.keep_scores and form == "probs" else self.distribution.target(evidence, *position, form)
         q = None
         if self.drawing.needs_q:
-            q = r[:, :0] if self.q is None else self.q[:, :width]
-            q = torch.nn.functional.pad(q, (0, 0, 0, width - q.shape[1]))
+            q = self.q.window(start, width) if proposed.any() else r
         return Candidates(
             tokens=window(self.ids, self.verified, width),
             r=r,
             q=q,
             log_r=log_r,
-            logits=self.logits[:, :width] if self.keep_logits else None,
+            logits=self.logits.window(start, width) if self.keep_logits else None,
             proposed=proposed,
             drawable=drawable,
         )

@@ -77,24 +77,24 @@ def exclude_implausible(scores: torch.Tensor, expert: torch.Tensor, plausibility
     return scores.masked_fill(expert < cut, -torch.inf)
 
 
-def gives_probs(config: EnsembleConfig) -> bool:
-    """Whether `combine` returns probabilities, and not logits."""
+def works_on_probs(config: EnsembleConfig) -> bool:
+    """Whether `combine` takes and returns probabilities, and not logits."""
     return config.combine_on == "probs" and (callable(config.method) or config.method == "weighted")
 
 
-def combine(scores: Sequence[torch.Tensor], config: EnsembleConfig) -> torch.Tensor:
+def combine(members: Sequence[torch.Tensor], config: EnsembleConfig) -> torch.Tensor:
     """
-    Combines the members' scores by `config.method`.
+    Combines what the members say by `config.method`.
 
     Args:
-        scores (`Sequence[torch.Tensor]`, N tensors `[..., V]`):
-            The members' logits, processed unless `config.combine_on` is `"raw_logits"`.
+        members (`Sequence[torch.Tensor]`, N tensors `[..., V]`):
+            The members' probabilities if `works_on_probs(config)`, else their logits; processed unless
+            `config.combine_on` is `"raw_logits"`.
         config (`EnsembleConfig`):
             With its weights filled in (`EnsembleConfig.for_members`).
 
     Returns:
-        `torch.Tensor` `[..., V]`: Of the ensemble; probabilities, which a callable need not have normalised, if
-        `gives_probs(config)`, else logits.
+        `torch.Tensor` `[..., V]`: The ensemble's, in the form of the members'. A callable need not have normalised it.
 
     Raises:
         `ValueError`: if a callable method returns another shape.
@@ -105,14 +105,11 @@ def combine(scores: Sequence[torch.Tensor], config: EnsembleConfig) -> torch.Ten
     >>> from hf_spec_ensemble import EnsembleConfig
     >>> from hf_spec_ensemble.combine import combine
 
-    >>> members = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
-    >>> combine(members, EnsembleConfig(weights=[0.5, 0.5]))
+    >>> combine(torch.tensor([[0.5, 0.5], [0.9, 0.1]]), EnsembleConfig(weights=[0.5, 0.5]))
     tensor([0.7000, 0.3000])
     """
-    if gives_probs(config):
-        scores = [member.softmax(-1) for member in scores]
     if callable(config.method):
-        stacked = torch.stack(list(scores))
+        stacked = torch.stack(list(members))
         combined = config.method(stacked)
         if not isinstance(combined, torch.Tensor) or combined.shape != stacked.shape[1:]:
             got = tuple(combined.shape) if isinstance(combined, torch.Tensor) else type(combined).__name__
@@ -122,8 +119,6 @@ def combine(scores: Sequence[torch.Tensor], config: EnsembleConfig) -> torch.Ten
             )
         return combined
     if config.method == "contrastive":
-        contrasted = weighted_sum(scores, [1.0, -config.contrast])
-        return exclude_implausible(contrasted, scores[0], config.plausibility)
-    if gives_probs(config):
-        return mixture(scores, config.weights)
-    return weighted_sum(scores, config.weights)
+        contrasted = weighted_sum(members, [1.0, -config.contrast])
+        return exclude_implausible(contrasted, members[0], config.plausibility)
+    return (mixture if works_on_probs(config) else weighted_sum)(members, config.weights)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from .combine import combine, gives_probs
+from .combine import combine, works_on_probs
 from .config import EnsembleConfig
 from .processing import PositionwiseProcessor
 
@@ -14,8 +14,8 @@ class EnsembleDistribution:
     """
     Turns members' logits into what is proposed from (q) and what is verified against (r).
 
-    A member's *evidence* is the form of its logits that is combined: processed, or raw with
-    `combine_on="raw_logits"`. It is made once for every position that a member scores.
+    A member's *evidence* is what is combined: its logits, processed or raw, or probabilities. It is made once for every
+    position that a member scores.
 
     Args:
         config (`EnsembleConfig`): With its weights filled in (`EnsembleConfig.for_members`).
@@ -30,6 +30,8 @@ class EnsembleDistribution:
         self.process = process
         self.width, self.shared = vocab_sizes
         self.device = device
+        self.on_raw_logits = config.combine_on == "raw_logits"
+        self.on_probs = works_on_probs(config)
 
     def align(self, logits: torch.Tensor) -> torch.Tensor:
         """A model's logits `[..., V']` on our device, in float32 or better, over the main model's vocabulary."""
@@ -43,14 +45,17 @@ class EnsembleDistribution:
         return padded
 
     def evidence(self, logits: torch.Tensor, ids, first, count) -> torch.Tensor:
-        """A member's aligned logits `[B, K, V]` in the form that is combined; see `PositionwiseProcessor`."""
-        return logits if self.config.combine_on == "raw_logits" else self.process(logits, ids, first, count)
+        """A member's aligned logits `[B, K, V]` as they are combined; see `PositionwiseProcessor`."""
+        processed = logits if self.on_raw_logits else self.process(logits, ids, first, count)
+        return processed.softmax(-1) if self.on_probs else processed
 
     def proposal(self, evidence: torch.Tensor, ids, first, count, form: str) -> torch.Tensor:
         """q = softmax(process(logits)) of one member, `[B, K, V]`, from its evidence; `form` as for `target`."""
-        if self.config.combine_on == "raw_logits":
-            evidence = self.process(evidence, ids, first, count)
-        return self._as(form, evidence, are_probs=False)
+        return self._as(form, self.process(evidence, ids, first, count) if self.on_raw_logits else evidence)
+
+    def top_prob(self, values: torch.Tensor, form: str) -> torch.Tensor:
+        """The probability `[...]` of the most probable token of q `[..., V]`, given in this form."""
+        return (values if form == "probs" or self.on_probs else values.softmax(-1)).amax(-1)
 
     def target(self, evidence: Sequence[torch.Tensor], ids, first, count, form: str) -> torch.Tensor:
         """
@@ -61,32 +66,27 @@ class EnsembleDistribution:
             form (`str`): `"probs"`, `"log_probs"`, or `"scores"`: anything with the same maximum, which is cheapest.
         """
         combined = self._combined(evidence, self.config, ids, first, count)
-        if self.config.plausibility > 0 and self.config.combine_on == "raw_logits":
+        if self.config.plausibility > 0 and self.on_raw_logits:
             empty = (combined == -torch.inf).all(-1, keepdim=True)
             if empty.any():
                 uncut = self._combined(evidence, replace(self.config, plausibility=0.0), ids, first, count)
                 combined = torch.where(empty, uncut, combined)
-        return self._as(form, combined, gives_probs(self.config))
+        if self.on_probs and callable(self.config.method):
+            combined = combined / combined.sum(-1, keepdim=True)
+        return self._as(form, combined)
 
     def _combined(self, evidence, config, ids, first, count) -> torch.Tensor:
         if callable(config.method) and self.shared < self.width:  # a user's function sees no padding
             known = combine([scores[..., : self.shared] for scores in evidence], config)
-            combined = evidence[0].new_full(evidence[0].shape, 0.0 if gives_probs(config) else -torch.inf)
+            combined = evidence[0].new_full(evidence[0].shape, 0.0 if self.on_probs else -torch.inf)
             combined[..., : self.shared] = known
         else:
             combined = combine(evidence, config)
-        return self.process(combined, ids, first, count) if config.combine_on == "raw_logits" else combined
+        return self.process(combined, ids, first, count) if self.on_raw_logits else combined
 
-    def _as(self, form: str, values: torch.Tensor, are_probs: bool) -> torch.Tensor:
+    def _as(self, form: str, values: torch.Tensor) -> torch.Tensor:
         if form == "scores":
             return values
-        if not are_probs:
-            return values.log_softmax(-1) if form == "log_probs" else values.softmax(-1)
-        if callable(self.config.method):
-            values = values / values.sum(-1, keepdim=True)
-        return values.log() if form == "log_probs" else values
-
-
-def top_prob(values: torch.Tensor, form: str) -> torch.Tensor:
-    """The probability `[...]` of the most probable token of q `[..., V]`, given in this form."""
-    return (values if form == "probs" else values.softmax(-1)).amax(-1)
+        if self.on_probs:
+            return values.log() if form == "log_probs" else values
+        return values.log_softmax(-1) if form == "log_probs" else values.softmax(-1)

@@ -29,7 +29,7 @@ class Greedy:
         return q.argmax(-1)
 
     def verify(self, tokens, q, r, proposed, position):
-        return verify_match(tokens, r.argmax(-1), torch.from_numpy(proposed))
+        return verify_match(tokens, r.argmax(-1), proposed)
 
 
 class Gumbel:
@@ -49,13 +49,12 @@ class Gumbel:
     def verify(self, tokens, q, r, proposed, position):
         noise = [self._noise_at(position + j, r[:, j]) for j in range(r.shape[1])]
         target = torch.stack([(r[:, j] / noise[j]).argmax(-1) for j in range(r.shape[1])], dim=1)
-        return verify_match(tokens, target, torch.from_numpy(proposed))
+        return verify_match(tokens, target, proposed)
 
     def _noise_at(self, position: np.ndarray, like: torch.Tensor) -> torch.Tensor:
         """The noise `[B, V]` of one position in each row."""
-        first, *others = np.unique(position).tolist()
-        noise = self._noise_of(first, like)
-        for other in others:
+        noise = self._noise_of(int(position[0]), like)
+        for other in set(position.tolist()) - {int(position[0])}:
             there = torch.from_numpy(position == other).to(like.device)[:, None]
             noise = torch.where(there, self._noise_of(other, like), noise)
         return noise
@@ -63,10 +62,9 @@ class Gumbel:
     def _noise_of(self, position: int, like: torch.Tensor) -> torch.Tensor:
         """The noise `[B, V]` of the same position in all rows."""
         if position not in self._noise:
-            device = "cpu" if like.device.type == "mps" else like.device  # no float64 there
-            rows = torch.arange(len(like), device=device)
-            noise = exponential_noise(self.seed, rows, torch.tensor(position, device=device), like.shape[-1])
-            self._noise[position] = noise.to(like)
+            rows = np.arange(len(like))
+            where = np.full_like(rows, position)
+            self._noise[position] = exponential_noise(self.seed, rows, where, like.shape[-1], like.dtype, like.device)
             if len(self._noise) > KEPT:
                 del self._noise[next(iter(self._noise))]
         return self._noise[position]
@@ -83,7 +81,7 @@ class Maximal:
 
     def verify(self, tokens, q, r, proposed, position):
         uniforms = self._uniforms(r, len(tokens), tokens.shape[1] + 1)
-        return verify_maximal(tokens, q, r, torch.from_numpy(proposed), uniforms)
+        return verify_maximal(tokens, q, r, proposed, uniforms)
 
     def _uniforms(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         dtype = torch.float32 if like.device.type == "mps" else torch.float64

@@ -96,6 +96,7 @@ class Member:
 
     def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any], prompt: torch.Tensor):
         self.model = model
+        self.device = model.device  # which transformers looks up anew each time
         self.kwargs = {key: value for key, value in kwargs.items() if key not in OWN_KWARGS}
         self.cache: Cache = kwargs.get("past_key_values")
         if self.cache is None:
@@ -111,7 +112,7 @@ class Member:
         self.settled = np.zeros(batch, int)  # tokens that will never be forgotten
 
         self.passes = 0
-        self.stopwatch = Stopwatch(model.device)
+        self.stopwatch = Stopwatch(self.device)
         self._takes_logits_to_keep = model._supports_logits_to_keep()
         self._sliding = [layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
 
@@ -141,8 +142,7 @@ class Member:
         ahead = real if first_pass else np.ones_like(real)
         visible = np.concatenate([self.visible, ahead], axis=1)  # [B, S + W]
 
-        device = self.model.device
-        chunk = window(ids, self.seen, width).to(device)
+        chunk = window(ids, self.seen, width).to(self.device)
         kwargs = dict(self.kwargs)
         if kwargs.get("token_type_ids") is not None:
             kwargs = _prepare_token_type_ids(kwargs, visible.shape[1])
@@ -150,7 +150,7 @@ class Member:
             chunk,
             past_key_values=self.cache,
             # As in generate(): no mask where there is nothing to hide
-            attention_mask=None if visible.all() else torch.from_numpy(visible).long().to(device),
+            attention_mask=None if visible.all() else torch.from_numpy(visible).long().to(self.device),
             position_ids=self._positions(np.minimum(index, np.maximum(end - 1, 0)[:, None])),
             use_cache=True,
             is_first_iteration=first_pass,
@@ -175,7 +175,7 @@ class Member:
         if "position_ids" not in inspect.signature(module.forward).parameters:
             return None
         if given is None:
-            given = torch.from_numpy(np.maximum(self.prompt_visible.cumsum(-1) - 1, 0)).to(self.model.device)
+            given = torch.from_numpy(np.maximum(self.prompt_visible.cumsum(-1) - 1, 0)).to(self.device)
         return given
 
     def _positions(self, index: np.ndarray) -> torch.Tensor | None:
@@ -183,12 +183,12 @@ class Member:
         given = self.prompt_positions
         if given is None:
             return None
-        beyond = torch.from_numpy(index - self.prompt_length).to(given.device)  # [B, K], < 0 within the prompt
-        after = given[..., -1:] + 1 + beyond
+        beyond = torch.from_numpy(index - (self.prompt_length - 1)).to(given.device)  # [B, K], <= 0 within the prompt
+        after = given[..., -1:] + beyond
         if index.min() >= self.prompt_length:
             return after
         within = torch.from_numpy(np.minimum(index, self.prompt_length - 1)).to(given.device)
-        return torch.where(beyond < 0, given.gather(-1, within.expand(*given.shape[:-1], -1)), after)
+        return torch.where(beyond <= 0, given.gather(-1, within.expand(*given.shape[:-1], -1)), after)
 
     def forget(self, length: np.ndarray, settled: np.ndarray) -> None:
         """
@@ -220,7 +220,7 @@ class Member:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row b continues what row `rows[b]` was (beam search). `rows`: `torch.LongTensor` `[B]`, CPU."""
-        self.cache.reorder_cache(rows.to(self.model.device))
+        self.cache.reorder_cache(rows.to(self.device))
         if self.prompt_positions is not None:
             self.prompt_positions = self.prompt_positions.index_select(-2, rows.to(self.prompt_positions.device))
         rows = rows.numpy()
@@ -234,10 +234,11 @@ class Member:
             return
         in_use = np.flatnonzero(self.visible.any(0))
         unused = slots - 1 - int(in_use[-1]) if len(in_use) else slots
-        for layer in self.cache.layers:
-            if layer.is_initialized and unused:
-                _remove_last(layer, unused)
-        self.visible = self.visible[:, : slots - unused]
+        if unused:
+            for layer in self.cache.layers:
+                if layer.is_initialized:
+                    _remove_last(layer, unused)
+            self.visible = self.visible[:, : slots - unused]
 
         needed = int(self.visible.sum(1).max())
         if self._misaligned() and (self._sliding or slots - unused - needed > max(16, COMPACT_AT * needed)):

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one padded tensor `[B, K, ...]`: pure functions, each a view where rows agree.
+"""Rows of different lengths: windows of padded tensors `[B, K, ...]`, and vectors by row that are not padded.
 
 Lengths are numpy integers `[B]`: deciding on them waits for no device, and costs little where there are few.
 """
@@ -26,24 +26,33 @@ def window(padded: torch.Tensor, first: np.ndarray, width: int) -> torch.Tensor:
     return pick(padded, columns(first, width))
 
 
-def append(padded: torch.Tensor | None, lengths: np.ndarray, new: torch.Tensor, added: np.ndarray) -> torch.Tensor:
-    """Puts the first `added[b]` columns of `new` `[B, K', ...]` behind the first `lengths[b]` of `padded`."""
-    have, more = int(lengths[0]), int(added[0])
-    if (lengths == have).all() and (added == more).all():
-        return torch.cat([padded[:, :have], new[:, :more]], dim=1) if have else new[:, :more]
-    if padded is None:
-        return new
-    out = padded.new_zeros(len(new), int((lengths + added).max()), *new.shape[2:])
-    out[:, : padded.shape[1]] = padded[:, : out.shape[1]]
-    rows, source = (np.arange(new.shape[1]) < added[:, None]).nonzero()
-    rows, source, target = (torch.from_numpy(x).to(out.device) for x in (rows, source, lengths[rows] + source))
-    out[rows, target] = new[rows, source]
-    return out
+class Ragged:
+    """
+    Vectors `[V]` of B rows that have different numbers of them. They are held as views of the tensors they came in:
+    nothing is copied before a window of them is asked for.
+    """
 
+    def __init__(self, batch: int):
+        self._rows: list[list[torch.Tensor]] = [[] for _ in range(batch)]
 
-def drop_first(padded: torch.Tensor | None, count: np.ndarray) -> torch.Tensor | None:
-    """Removes the first `count[b]` columns of row b; what a shorter row has at its end is arbitrary."""
-    if padded is None or (count == count[0]).all():
-        return padded if padded is None or not count[0] else padded[:, int(count[0]) :]
-    kept = max(padded.shape[1] - int(count.min()), 0)
-    return pick(padded, columns(count, kept))
+    def put(self, at: np.ndarray, new: torch.Tensor, first: np.ndarray, count: np.ndarray) -> None:
+        """Lets `new[b, first[b] : first[b] + count[b]]` of `new` `[B, K, V]` follow the first `at[b]` of row b."""
+        for b, (row, have, start, n) in enumerate(zip(self._rows, at.tolist(), first.tolist(), count.tolist())):
+            del row[have:]
+            row.extend(new[b, start : start + n])
+
+    def drop_first(self, count: np.ndarray) -> None:
+        """Removes the first `count[b]` of row b, or all if it has less."""
+        for row, n in zip(self._rows, count.tolist()):
+            del row[:n]
+
+    def window(self, first: np.ndarray, width: int) -> torch.Tensor:
+        """`[B, width, V]`: those of row b from `first[b]` on; past its end, any. Some row must have one."""
+        some = next(row[-1] for row in self._rows if row)
+        chosen = []
+        for row, start in zip(self._rows, first.tolist()):
+            there = row[start : start + width]
+            chosen += there + [some] * (width - len(there))
+        if len(chosen) == 1:
+            return chosen[0][None, None]
+        return torch.stack(chosen).view(len(self._rows), width, -1)

@@ -6,22 +6,26 @@ r_j is the ensemble's distribution at position j, given the prefix and x_1 ... x
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 
-def matches_before_mismatch(match: torch.Tensor, proposed: torch.Tensor) -> torch.Tensor:
+IN_CACHE = 2**16  # 64-bit numbers to work on at once on a CPU
+
+
+def matches_before_mismatch(match: torch.Tensor, proposed: np.ndarray) -> torch.Tensor:
     """
     How many proposals of each row hold before the first that does not.
 
     Args:
         match (`torch.BoolTensor` `[B, K]`): Whether each proposal holds.
-        proposed (`torch.LongTensor` `[B]`): Numbers of proposals; columns past them do not count.
+        proposed (`np.ndarray` `[B]`): Numbers of proposals; columns past them do not count.
 
     Returns:
         `torch.LongTensor` `[B]`.
     """
-    exists = torch.arange(match.shape[1], device=match.device) < proposed[:, None].to(match.device)
-    return (match & exists).long().cumprod(dim=1).sum(dim=1)
+    exists = torch.from_numpy(np.arange(match.shape[1]) < proposed[:, None])
+    return (match & exists.to(match.device)).cumprod(dim=1).sum(dim=1)
 
 
 def acceptance_probs(tokens: torch.Tensor, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
@@ -83,14 +87,14 @@ def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def verify_maximal(
-    tokens: torch.Tensor, q: torch.Tensor, r: torch.Tensor, proposed: torch.Tensor, uniforms: torch.Tensor
+    tokens: torch.Tensor, q: torch.Tensor, r: torch.Tensor, proposed: np.ndarray, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The rejection rule: keep x while u < r(x) / q(x); replace the first rejected one by a draw from the residual.
 
     Args:
         tokens (`torch.LongTensor` `[B, K]`), q, r (`torch.Tensor` `[B, K, V]`): As in `acceptance_probs`.
-        proposed (`torch.LongTensor` `[B]`): Numbers of proposals.
+        proposed (`np.ndarray` `[B]`): Numbers of proposals.
         uniforms (`torch.Tensor` `[B, K + 1]`): Independent draws from [0, 1), the last one for the replacement.
 
     Returns:
@@ -105,14 +109,12 @@ def verify_maximal(
         return accepted, tokens[:, -1]
     row = torch.arange(len(tokens), device=tokens.device)
     column = accepted.clamp(max=tokens.shape[1] - 1)
-    was_proposed = (column < proposed.to(column.device)).unsqueeze(-1)
+    was_proposed = (column < torch.from_numpy(proposed).to(column.device)).unsqueeze(-1)
     q_there = q[row, column] * was_proposed  # [B, V]
     return accepted, draw(residual_probs(q_there, r[row, column]), uniforms[:, -1])
 
 
-def verify_match(
-    tokens: torch.Tensor, target: torch.Tensor, proposed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def verify_match(tokens: torch.Tensor, target: torch.Tensor, proposed: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Keeps a proposal when it is the very token that the ensemble emits: greedy verification with argmax r, and the
     drafter-invariant rule (Daliri et al., arXiv 2408.07978) with argmax(log r + g), g being the Gumbel noise that the
@@ -121,7 +123,7 @@ def verify_match(
     Args:
         tokens (`torch.LongTensor` `[B, K]`): Proposals.
         target (`torch.LongTensor` `[B, K]`): What the ensemble emits at each position.
-        proposed (`torch.LongTensor` `[B]`): Numbers of proposals.
+        proposed (`np.ndarray` `[B]`): Numbers of proposals.
 
     Returns:
         accepted (`torch.LongTensor` `[B]`), emitted (`torch.LongTensor` `[B]`): As in `verify_maximal`.
@@ -130,12 +132,15 @@ def verify_match(
     return accepted, target.gather(1, accepted.clamp(max=tokens.shape[1] - 1)[:, None]).squeeze(1)
 
 
-def _mix(state: torch.Tensor) -> torch.Tensor:
-    """The output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) on int64 tensors, mod 2^64; in place."""
-    shifted = torch.empty_like(state)
+def _mix(state):
+    """
+    The output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) mod 2^64, in place, on a tensor or numpy array
+    of int64.
+    """
     for bits, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):  # 0xBF58..., 0x94D0...
-        torch.bitwise_right_shift(state, bits, out=shifted)
-        state ^= shifted.bitwise_and_((1 << (64 - bits)) - 1)  # a logical shift; torch's is arithmetic
+        shifted = state >> bits
+        shifted &= (1 << (64 - bits)) - 1  # a logical shift; that of int64 is arithmetic
+        state ^= shifted
         if factor != 1:
             state *= factor
     return state
@@ -149,30 +154,49 @@ def _counters(count: int, device: torch.device) -> torch.Tensor:
     return _STEP * torch.arange(1, count + 1, device=device)
 
 
-def exponential_noise(seed: int, rows: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def exponential_noise(
+    seed: int,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
     """
-    Standard exponential noise E that depends on (seed, row, position, token) alone: the same on every device and
-    whatever else is drawn, in whatever order. A counter-based generator: splitmix64 keyed by seed, row and position.
+    Standard exponential noise E that depends on (seed, row, position, token) alone: but for rounding the same on every
+    device and in every dtype, whatever else is drawn, in whatever order. A counter-based generator: splitmix64 keyed
+    by seed, row and position.
 
     -log E is Gumbel noise g, so that argmax(log r + g) = argmax(r / E) is a draw from r.
 
     Args:
         seed (`int`): In [-2^63, 2^63).
-        rows, positions (`torch.LongTensor` `[...]`): On the device where the noise is wanted; broadcast.
+        rows, positions (`np.ndarray` `[...]`, int64): Broadcast.
         vocab_size (`int`): V.
+        dtype (`torch.dtype`), device (`torch.device`): Of the result, `torch.float32` or `torch.float64`.
 
     Returns:
-        `torch.Tensor` `[..., V]`, float64, positive.
+        `torch.Tensor` `[..., V]`, positive and finite.
 
     Example:
 
-    >>> import torch
+    >>> import numpy as np
     >>> from hf_spec_ensemble.verify import exponential_noise
 
-    >>> round(exponential_noise(0, torch.tensor(0), torch.arange(1000), 50).mean().item(), 1)
+    >>> round(exponential_noise(0, np.zeros(1000, int), np.arange(1000), 50).mean().item(), 1)
     1.0
     """
     key = _mix(_mix(seed + _STEP * (rows + 1)) + _STEP * (positions + 1))
-    state = _mix(key.unsqueeze(-1) + _counters(vocab_size, key.device))
-    bits = state.bitwise_right_shift_(11).bitwise_and_((1 << 53) - 1)
-    return bits.double().add_(0.5).mul_(2.0**-53).log_().neg_()  # of uniforms in (0, 1)
+    key = torch.from_numpy(key).to(device)
+    if key.device.type != "cpu":
+        return _exponential(key, vocab_size, dtype)
+    parts = key.flatten().split(max(IN_CACHE // vocab_size, 1))
+    return torch.cat([_exponential(part, vocab_size, dtype) for part in parts]).view(*key.shape, vocab_size)
+
+
+def _exponential(key: torch.Tensor, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Noise `[..., V]` from keys `[...]`."""
+    bits = _mix(key.unsqueeze(-1) + _counters(vocab_size, key.device)).bitwise_right_shift_(11)
+    uniform = bits.bitwise_and_((1 << 53) - 1).to(dtype).add_(0.5).mul_(2.0**-53)
+    # The least noise decides: u near 0, where floats are dense, and never 1
+    return uniform.clamp_(max=1 - torch.finfo(dtype).eps / 2).neg_().log1p_().neg_()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.combine import combine, exclude_implausible, gives_probs, weighted_sum
+from hf_spec_ensemble.combine import combine, exclude_implausible, weighted_sum, works_on_probs
 from hf_spec_ensemble.distribution import EnsembleDistribution
 from hf_spec_ensemble.processing import PositionwiseProcessor
 
@@ -29,8 +29,8 @@ def test_removed_tokens_never_turn_into_nan(method, combine_on, seed, share):
     removed = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < share
     removed.scatter_(-1, scores.argmax(-1, keepdim=True), False)
     config = EnsembleConfig(method=method, combine_on=combine_on, plausibility=0.1).for_members(2)
-    combined = combine(scores.masked_fill(removed, -INF), config)
-    r = combined if gives_probs(config) else combined.softmax(-1)
+    scores = scores.masked_fill(removed, -INF)
+    r = combine(scores.softmax(-1), config) if works_on_probs(config) else combine(scores, config).softmax(-1)
     assert not r.isnan().any()
     torch.testing.assert_close(r.sum(-1), torch.ones(3, dtype=torch.float64))
     if method == "contrastive":
@@ -53,7 +53,7 @@ def test_what_an_amateur_removes_gains_no_more_than_its_worst_kept_token():
 def test_a_member_of_weight_zero_has_no_say():
     scores = torch.tensor([[0.0, 1.0], [-INF, 5.0]])
     assert weighted_sum(scores, [1.0, 0.0]).tolist() == [0.0, 1.0]
-    mixed = combine(scores, EnsembleConfig(weights=[1.0, 0.0]))
+    mixed = combine(scores.softmax(-1), EnsembleConfig(weights=[1.0, 0.0]))
     torch.testing.assert_close(mixed, scores[0].softmax(-1))
 
 
@@ -80,6 +80,8 @@ def test_a_callable_on_probs_gets_probabilities_and_need_not_normalise():
     config = EnsembleConfig(method=total, combine_on="probs")
     distribution = EnsembleDistribution(config, PositionwiseProcessor(LogitsProcessorList()), (8, 8), "cpu")
     one = np.ones(3, int)
-    r = distribution.target(members(2, 3, 1, 8), torch.zeros(3, 4, dtype=torch.long), 3 * one, one, "probs")
+    position = (torch.zeros(3, 4, dtype=torch.long), 3 * one, one)
+    evidence = [distribution.evidence(logits, *position) for logits in members(2, 3, 1, 8)]
+    r = distribution.target(evidence, *position, "probs")
     torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 3, 1, dtype=torch.float64))
     torch.testing.assert_close(r, members(2, 3, 1, 8).softmax(-1).mean(0))

@@ -16,7 +16,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from hf_spec_ensemble.padded import append, columns, drop_first, pick, window
+from hf_spec_ensemble.padded import Ragged, columns, pick, window
 from hf_spec_ensemble.processing import PositionwiseProcessor
 from hf_spec_ensemble.schedule import Situation, Turns
 
@@ -62,22 +62,26 @@ LENGTHS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, 
 
 
 @given(LENGTHS)
-def test_padded_rows_behave_like_lists(pairs):
-    """append and drop_first on a padded tensor, against Python lists."""
-    lists, lengths = [[] for _ in pairs], np.zeros(len(pairs), int)
-    padded = torch.zeros(len(pairs), 0)
+def test_ragged_rows_behave_like_lists(pairs):
+    """put, drop_first and window, against Python lists; what follows `at` is overwritten."""
+    batch = len(pairs)
+    lists, ragged = [[] for _ in pairs], Ragged(batch)
     for step in range(3):
-        added = np.array([pair[0] for pair in pairs])
-        new = torch.arange(4.0) + 10 * step + 100 * torch.arange(len(pairs))[:, None]
-        padded = append(padded, lengths, new, added)
-        for i, n in enumerate(added.tolist()):
-            lists[i] = lists[i] + new[i, :n].tolist()
-        lengths = lengths + added
-        dropped = np.minimum([pair[1] for pair in pairs], lengths)
-        padded = drop_first(padded, dropped)
-        lists = [row[n:] for row, n in zip(lists, dropped.tolist())]
-        lengths = lengths - dropped
-        assert [padded[i, :n].tolist() for i, n in enumerate(lengths.tolist())] == lists
+        count, dropped = np.array(pairs).T
+        new = torch.arange(5.0) + 10 * step + 100 * torch.arange(batch)[:, None]
+        first = count % 2
+        at = np.array([max(len(row) - step, 0) for row in lists])
+        ragged.put(at, new[:, :, None], first, count)
+        for i, (have, start, n) in enumerate(zip(at, first, count)):
+            lists[i] = lists[i][:have] + new[i, start : start + n].tolist()
+        ragged.drop_first(dropped)
+        lists = [row[n:] for row, n in zip(lists, dropped)]
+        if any(lists):
+            got = ragged.window(np.ones(batch, int), 3)
+            assert got.shape == (batch, 3, 1)
+            for i, row in enumerate(lists):
+                there = row[1:4]
+                assert got[i, : len(there), 0].tolist() == there
 
 
 def test_pick_gives_the_columns_asked_for():

@@ -1,5 +1,6 @@
 """Properties of the verification functions."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -65,10 +66,10 @@ def test_equal_distributions_accept_everything(shape):
     b, k, v, seed = shape
     r = distributions(b, k, v, seed=seed)
     tokens = drawn(r, seed)
-    proposed = torch.full((b,), k)
+    proposed = np.full(b, k)
     accepted, _ = verify_maximal(tokens, r, r, proposed, uniforms(b, k + 1, seed=seed))
     assert (accepted == k).all()
-    target = (r / exponential_noise(seed, torch.arange(b)[:, None], torch.arange(k), v)).argmax(-1)
+    target = (r / exponential_noise(seed, np.arange(b)[:, None], np.arange(k), v)).argmax(-1)
     accepted, _ = verify_match(target, target, proposed)
     assert (accepted == k).all()
 
@@ -79,7 +80,7 @@ def test_disjoint_distributions_accept_nothing(shape):
     half = torch.arange(v) < v // 2
     q = distributions(b, k, v, seed=seed).masked_fill(~half, 0.0)
     r = distributions(b, k, v, seed=seed + 1).masked_fill(half, 0.0)
-    tokens, proposed = drawn(q, seed), torch.full((b,), k)
+    tokens, proposed = drawn(q, seed), np.full(b, k)
     accepted, emitted = verify_maximal(tokens, q, r, proposed, uniforms(b, k + 1, seed=seed))
     assert (accepted == 0).all() and not half[emitted].any()
     accepted, emitted = verify_match(tokens, r.argmax(-1), proposed)
@@ -91,9 +92,9 @@ def test_batches_equal_their_rows(shape):
     b, k, v, seed = shape
     q, r = distributions(b, k, v, seed=seed), distributions(b, k, v, seed=seed + 1, sharpness=1.0)
     tokens, u = drawn(q, seed), uniforms(b, k + 1, seed=seed)
-    proposed = torch.arange(b) % (k + 1)
+    proposed = np.arange(b) % (k + 1)
     accepted, _ = verify_maximal(tokens, q, r, proposed, u)
-    target = (r / exponential_noise(seed, torch.arange(b)[:, None], torch.arange(k), v)).argmax(-1)
+    target = (r / exponential_noise(seed, np.arange(b)[:, None], np.arange(k), v)).argmax(-1)
     shared = verify_match(tokens, target, proposed)
     for row in range(b):
         one = slice(row, row + 1)
@@ -110,7 +111,7 @@ def test_the_rejection_rule_draws_from_r():
     torch.manual_seed(0)
     tokens = torch.multinomial(q, rows, replacement=True)[:, None]
     wide = [x.expand(rows, 1, v) for x in (q, r)]
-    accepted, emitted = verify_maximal(tokens, *wide, torch.ones(rows, dtype=torch.long), uniforms(rows, 2, seed=1))
+    accepted, emitted = verify_maximal(tokens, *wide, np.ones(rows, int), uniforms(rows, 2, seed=1))
     got = torch.where(accepted == 1, tokens[:, 0], emitted)
     frequency = torch.bincount(got, minlength=v) / rows
     torch.testing.assert_close(frequency.double(), r, rtol=0, atol=0.005)
@@ -122,16 +123,16 @@ def test_without_a_proposal_the_draw_is_from_r():
     rows = 2000
     q = torch.tensor([0.97, 0.01, 0.01, 0.01]).double().expand(rows, 1, 4)
     r = torch.tensor([0.5, 0.5, 0.0, 0.0]).double().expand(rows, 1, 4)
-    nothing = torch.zeros(rows, dtype=torch.long)
+    tokens, nothing = torch.zeros(rows, 1, dtype=torch.long), np.zeros(rows, int)
     torch.manual_seed(0)
-    accepted, emitted = verify_maximal(nothing[:, None], q, r, nothing, torch.rand(rows, 2, dtype=torch.float64))
+    accepted, emitted = verify_maximal(tokens, q, r, nothing, torch.rand(rows, 2, dtype=torch.float64))
     assert (accepted == 0).all()
     assert 0.45 < (emitted == 0).double().mean() < 0.55 and (emitted < 2).all()
 
 
 def test_matches_stop_at_the_first_mismatch_and_at_the_last_proposal():
     match = torch.tensor([[True, False, True], [True, True, True], [False, True, True]])
-    assert matches_before_mismatch(match, torch.tensor([3, 2, 3])).tolist() == [1, 2, 0]
+    assert matches_before_mismatch(match, np.array([3, 2, 3])).tolist() == [1, 2, 0]
 
 
 @given(SHAPES, st.floats(0, 1, exclude_max=True))
@@ -154,17 +155,17 @@ def test_inversion_at_the_edges():
 
 
 def test_noise_depends_on_seed_row_position_and_token_alone():
-    whole = exponential_noise(7, torch.arange(3)[:, None], torch.arange(4), 11)
+    whole = exponential_noise(7, np.arange(3)[:, None], np.arange(4), 11)
     assert whole.shape == (3, 4, 11)
-    assert torch.equal(whole[2, 3], exponential_noise(7, torch.tensor(2), torch.tensor(3), 11))
-    assert torch.equal(whole[..., :5], exponential_noise(7, torch.arange(3)[:, None], torch.arange(4), 5))
-    assert not torch.equal(whole, exponential_noise(8, torch.arange(3)[:, None], torch.arange(4), 11))
+    assert torch.equal(whole[2, 3], exponential_noise(7, np.array([2]), np.array([3]), 11)[0])
+    assert torch.equal(whole[..., :5], exponential_noise(7, np.arange(3)[:, None], np.arange(4), 5))
+    assert not torch.equal(whole, exponential_noise(8, np.arange(3)[:, None], np.arange(4), 11))
     assert whole.flatten().unique().numel() == whole.numel()
 
 
 def test_noise_is_standard_exponential():
     """Kolmogorov-Smirnov distance from 1 - exp(-x), and no correlation between neighbouring positions."""
-    noise = exponential_noise(0, torch.tensor(0), torch.arange(1000), 100).flatten()
+    noise = exponential_noise(0, np.zeros(1000, int), np.arange(1000), 100).flatten()
     expected = torch.arange(1, len(noise) + 1) / len(noise)
     assert (1 - (-noise.sort().values).exp() - expected).abs().max() < 0.006
     grid = noise.view(1000, 100)
