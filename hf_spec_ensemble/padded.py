@@ -37,9 +37,8 @@ class Ragged:
 
     def put(self, at: np.ndarray, new: torch.Tensor, first: np.ndarray, count: np.ndarray) -> None:
         """Lets `new[b, first[b] : first[b] + count[b]]` of `new` `[B, K, V]` follow the first `at[b]` of row b."""
-        for b, (row, have, start, n) in enumerate(zip(self._rows, at.tolist(), first.tolist(), count.tolist())):
-            del row[have:]
-            row.extend(new[b, start : start + n])
+        for row, vectors, have, start, n in zip(self._rows, new.unbind(0), at.tolist(), first.tolist(), count.tolist()):
+            row[have:] = vectors.unbind(0)[start : start + n]
 
     def drop_first(self, count: np.ndarray) -> None:
         """Removes the first `count[b]` of row b, or all if it has less."""
@@ -47,7 +46,7 @@ class Ragged:
             del row[:n]
 
     def window(self, first: np.ndarray, width: int) -> torch.Tensor:
-        """`[B, width, V]`: those of row b from `first[b]` on; past its end, any. Some row must have one."""
+        """`[B, width, V]`: those of row b from `first[b]` on; past its end, any. Some row must have any."""
         some = next(row[-1] for row in self._rows if row)
         chosen = []
         for row, start in zip(self._rows, first.tolist()):

@@ -134,8 +134,8 @@ def verify_match(tokens: torch.Tensor, target: torch.Tensor, proposed: np.ndarra
 
 def _mix(state):
     """
-    The output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) mod 2^64, in place, on a tensor or numpy array
-    of int64.
+    The output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) mod 2^64 on a tensor or an array of int64, in
+    place.
     """
     for bits, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):  # 0xBF58..., 0x94D0...
         shifted = state >> bits

@@ -123,9 +123,14 @@ class CNNDailyMail(Task):
 
 
 class Copy(HumanEval):
-    """Copy-editing: most of the answer stands in the prompt, which is what prompt-lookup drafting is for."""
+    """
+    Copy-editing: most of the answer stands in the prompt, which is what prompt-lookup drafting is for. With an example,
+    since small models that are only told to copy often do something else.
+    """
 
+    examples_split = "test"
     metric = "exact match"
+    shots = 1
     runs_code = False
 
     def edited(self, row: Row) -> str:
@@ -141,6 +146,9 @@ class Copy(HumanEval):
             f"Repeat this code with `{row['entry_point']}` renamed to `{self.name(row)}` wherever it stands, and "
             f"nothing else changed. Answer with the code only.\n```python\n{code}\n```"
         )
+
+    def answer(self, row: Row) -> str:
+        return f"```python\n{self.edited(row).strip()}\n```"
 
     def continuation(self, row: Row) -> str:
         return f"{self.question(row)}\n\nThe code with the new name:\n"
@@ -162,8 +170,9 @@ def load_rows(name: str, count: int, shots: int, file: str | None) -> tuple[list
         name (`str`): A task.
         count (`int`): Rows wanted; fewer if there are fewer.
         shots (`int`): Examples wanted.
-        file (`str`, *optional*): JSON lines with the fields of the Hub's version. Examples are its last rows, which are
-            not measured then. Without, rows come from the Hub, through `datasets`.
+        file (`str`, *optional*): JSON lines with the fields of the Hub's version. Without, rows come from the Hub,
+            through `datasets`. Where rows and examples have one source, examples are its last rows, which are not
+            measured then.
 
     Raises:
         `ValueError`: if the file does not hold what the task needs.
@@ -171,10 +180,7 @@ def load_rows(name: str, count: int, shots: int, file: str | None) -> tuple[list
     """
     task = TASKS[name]
     if file is not None:
-        rows = _read_rows(Path(file), task)
-        if shots >= len(rows):
-            raise ValueError(f"{file} has {len(rows)} rows, too few for {shots} examples and a question.")
-        return rows[: min(count, len(rows) - shots)], rows[len(rows) - shots :]
+        return _split(_read_rows(Path(file), task), count, shots, file)
 
     from datasets import load_dataset
 
@@ -182,8 +188,16 @@ def load_rows(name: str, count: int, shots: int, file: str | None) -> tuple[list
     rows = load_dataset(path, configuration, split=split)
     if name == "mmlu":
         rows = rows.shuffle(seed=0)  # they are sorted by subject
+    if task.examples_split == split:
+        return _split(list(rows), count, shots, path)
     examples = list(load_dataset(path, configuration, split=task.examples_split).select(range(shots))) if shots else []
     return list(rows.select(range(min(count, len(rows))))), examples
+
+
+def _split(rows: list[Row], count: int, shots: int, source: str) -> tuple[list[Row], list[Row]]:
+    if shots >= len(rows):
+        raise ValueError(f"{source} has {len(rows)} rows, too few for {shots} examples and a question.")
+    return rows[: min(count, len(rows) - shots)], rows[len(rows) - shots :]
 
 
 def _read_rows(file: Path, task: Task) -> list[Row]:
