@@ -15,6 +15,7 @@ ENOUGH_EVIDENCE = 8  # verified proposals before the first plan
 LONGEST = 16  # proposals of one turn
 PLAN_AFTER = (16, 256)  # passes, first and at most: the intervals double
 CHANGED = 0.03  # difference of an acceptance, or relative one of a cost, that calls for a new plan
+WORTHWHILE = 0.02  # share of speed that other lengths, and tokens that another run of the same author, must bring
 PLANNING_SHARE = 0.01  # of the time inside passes that may be spent on planning
 WIDEST = 64  # tokens in a pass; what more would cost is not told apart
 
@@ -160,15 +161,17 @@ class Auto(Schedule):
 
     def _plan(self) -> None:
         memory = self.memory
-        tables = [[costs.seconds(self.batch, max(w, 1)) for w in range(WIDEST + 1)] for costs in self.costs]
         evidence = sum(acceptance.evidence for acceptance in memory.acceptance)
-        if any(table[0] is None for table in tables) or (memory.plan is None and evidence < ENOUGH_EVIDENCE):
+        unknown = any(costs.measured(self.batch, 1) is None for costs in self.costs)
+        if unknown or (memory.plan is None and evidence < ENOUGH_EVIDENCE):
             return
         start = time.perf_counter()
-        tables = [[seconds / self.batch for seconds in table] for table in tables]
+        tables = [
+            [costs.seconds(self.batch, max(w, 1)) / self.batch for w in range(WIDEST + 1)] for costs in self.costs
+        ]
         means = [acceptance.mean for acceptance in memory.acceptance]
         turns, prediction = best_turns(
-            self.turns, means, lambda author, width: tables[author][min(width, WIDEST)], self.may_propose
+            self.turns, means, lambda author, width: tables[author][min(width, WIDEST)], self.may_propose, WORTHWHILE
         )
         plan = Plan(turns, prediction, means, tables)
         if memory.plan is None or plan.differs(memory.plan):
@@ -188,7 +191,8 @@ class Auto(Schedule):
         if turn >= LONGEST:
             return False
         rows = [row for row, unread in enumerate(situation.lag[current]) if unread and situation.open[row]]
-        return sum(self._gain_of_going_on(situation, row) for row in rows) > 0
+        # Not for less than the errors of the costs: roles that alternate are as good as long turns, and vary less
+        return sum(self._gain_of_going_on(situation, row) for row in rows) > WORTHWHILE * len(rows)
 
     def _gain_of_proposing(self, situation: Situation, row: int, confidence: float) -> float:
         """In tokens; linear in the chances of what is pending and of the proposal in question."""

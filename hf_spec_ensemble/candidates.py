@@ -116,6 +116,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.keep_scores, self.keep_logits = keep_scores, keep_logits
         self.pending: list[list[tuple[int, float]]] = [[] for _ in range(batch)]  # author and confidence of proposals
         self.drawn: list[list[int]] = [[] for _ in range(batch)]  # and which they are
+        self.prompt_seconds = 0.0  # inside the authors' passes over the prompts
         self.proposed, self.judged, self.accepted = ([0] * len(self.authors) for _ in range(3))  # by author
 
     def get_candidates(self, input_ids: torch.Tensor | None = None, **kwargs) -> Candidates:
@@ -270,9 +271,10 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def _take_time(self, i: int) -> None:
         """Passes on how long author i took."""
-        author = self.authors[i]
-        for width, seconds in author.stopwatch.laps():
-            if width is not None:  # the prompt's pass is no measure for the others
+        for width, seconds in self.authors[i].stopwatch.laps():
+            if width is None:  # the prompt's pass is no measure for the others
+                self.prompt_seconds += seconds
+            else:
                 self.costs[i].add(len(self.ids), width, seconds)
                 self.schedule.ran(i, seconds)
 

@@ -175,7 +175,7 @@ def _speculative(
         accepted=roles.in_callers_order(candidates_of.accepted),
         member_seconds=roles.in_callers_order(author.stopwatch.seconds for author in authors),
         seconds=time.perf_counter() - start,
-        predicted_speedup=_predicted_speedup(schedule.turns, candidates_of, len(input_ids)),
+        predicted_speedup=_predicted_speedup(schedule.turns, candidates_of, transcript.sequences.shape),
     )
     return EnsembleDecoderOnlyOutput(
         sequences=transcript.sequences,
@@ -214,13 +214,16 @@ def _schedule(
     return Auto(memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches)
 
 
-def _predicted_speedup(turns: Turns, candidates_of: EnsembleCandidateGenerator, batch: int) -> float | None:
-    """What `theory.predict` expects of these lengths, given this call's acceptance and the measured costs."""
+def _predicted_speedup(turns: Turns, candidates_of: EnsembleCandidateGenerator, shape: tuple[int, int]) -> float | None:
+    """What `theory.predict` expects of these lengths for texts `[B, T]`, from their acceptance and the costs."""
+    batch, steps = shape[0], shape[1] - candidates_of.prompt_length
     costs, judged, kept = candidates_of.costs, candidates_of.judged, candidates_of.accepted
     if any(costs[i].measured(batch, 1) is None for i in range(len(costs)) if i < turns.members or turns.lengths[i]):
         return None
     acceptance = [kept[i] / judged[i] if judged[i] else 0.0 for i in range(len(costs))]
-    return predict(turns, acceptance, lambda author, width: costs[author].seconds(batch, width) or 0.0).speedup
+    expected = predict(turns, acceptance, lambda author, width: costs[author].seconds(batch, width) or 0.0)
+    speculative, prompt = steps * expected.seconds_per_token, candidates_of.prompt_seconds
+    return (prompt + expected.speedup * speculative) / (prompt + speculative)
 
 
 class _SharedNoise(LogitsProcessor):

@@ -65,9 +65,8 @@ class GeneratorDrafter:
 
     def settle(self, row: int, ids: torch.Tensor, proposed: int, kept: int) -> None:
         """Tells the generator how many of the last tokens it proposed were kept, as transformers' loop does."""
-        if proposed:
-            scores = ids.new_empty(1, proposed + 1, 0)  # [1, candidates + 1, 0]: only the number is looked at
-            self.generators[row].update_candidate_strategy(ids, scores, kept)
+        scores = ids.new_empty(1, proposed + 1, 0)  # [1, candidates + 1, 0]: only the number is looked at
+        self.generators[row].update_candidate_strategy(ids, scores, kept)
 
     def judged(self, row: int, kept: bool) -> None:
         self.trust[row] += FORGETTING * (kept - self.trust[row])

@@ -23,9 +23,10 @@ class EnsembleStats:
         seconds (`float`): From the first forward pass to the last token.
         member_seconds (`list[float]`): Inside the forward passes. For the standard ensemble the main model's entry also
             holds the rest of transformers' own loop.
-        predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, as `theory.predict` has
-            it for this acceptance, the costs measured in this process and the proposal lengths (the last plan's if they
-            choose themselves); `None` where costs are not known.
+        predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, those over the prompt
+            included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
+            proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch
+            takes as long as its slowest row, which is not foreseen.
 
     Example:
 
