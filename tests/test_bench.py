@@ -361,6 +361,12 @@ def test_curves(tmp_path, capsys, curve, values, column):
     assert curve != "prompt-length" or lengths == {32, 64}
 
 
+def test_prompts_that_are_cut_do_not_end_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure.Bench, "_ends", list(range(200)))  # tokens that would soon end every text
+    main(arguments(tmp_path, more="--curve prompt-length --values 32", count=2))
+    assert {len(tokens) for record in runs_of(tmp_path) for tokens in record["tokens"]} == {8}
+
+
 def test_an_interrupted_run_is_continued(tmp_path, monkeypatch):
     given = arguments(tmp_path, more="--compare auto fixed:2")
     measured = []

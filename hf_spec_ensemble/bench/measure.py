@@ -165,6 +165,8 @@ class Bench:
         members = self._members(condition)
         model, arguments = variant.arguments(members, self._models)
         arguments |= {"max_new_tokens": self.settings.max_new_tokens, "return_dict_in_generate": True}
+        if condition.prompt_length is not None and self._ends:  # a prompt that was cut may end the text at once
+            arguments["suppress_tokens"] = self._ends
         arguments |= self._padding | _sampling(condition.temperature) | more
         inputs = _batch(prompts, self._padding["pad_token_id"], model.device)
         with variant.prepared(members), Passes([] if variant.config else members) as passes:
