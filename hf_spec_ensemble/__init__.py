@@ -5,22 +5,26 @@ import hf_spec_ensemble as se
 model.generate(**inputs, assistant_model=other, ensemble_config=se.EnsembleConfig(weights=[0.5, 0.5]))
 """
 
+from . import compat  # noqa: F401  says what is wrong with the version of transformers before anything fails on it
+from .adapters import with_adapter
 from .config import EnsembleConfig
 from .decoding import ensemble_decoding
 from .integration import disable, enable
 from .logits_process import EnsembleLogitsProcessor
-from .output import EnsembleDecoderOnlyOutput, EnsembleStats
+from .output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOutput, EnsembleStats
 
 
 __version__ = "0.1.0"
 __all__ = [
     "EnsembleConfig",
     "EnsembleDecoderOnlyOutput",
+    "EnsembleEncoderDecoderOutput",
     "EnsembleLogitsProcessor",
     "EnsembleStats",
     "disable",
     "enable",
     "ensemble_decoding",
+    "with_adapter",
 ]
 
 enable()

@@ -8,23 +8,53 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator, GenerationConfig
 
+from .compat import encoded
 from .distribution import EnsembleDistribution
 from .drafter import GeneratorDrafter
 from .drawing import Greedy
 from .estimates import PassCosts
-from .member import Member
+from .member import Member, Placed
 from .padded import Ragged, window
 from .schedule import Schedule, Situation
 
 
 def assistant_kwargs(
-    assistants: list[PreTrainedModel], input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict
+    assistants: list[PreTrainedModel],
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+    inputs_tensor: torch.Tensor | None = None,
+    media: dict[str, torch.Tensor] | None = None,
 ) -> list[dict]:
-    """What each assistant's `forward` is given, on its device, as transformers' own candidate generator prepares it."""
-    return [
-        AssistedCandidateGenerator(input_ids, assistant, generation_config, model_kwargs).assistant_kwargs
-        for assistant in assistants
-    ]
+    """
+    What each assistant's `forward` is given, on its device, as transformers' own candidate generator prepares it. Every
+    assistant encodes with its own encoders what these read.
+
+    Args:
+        assistants, input_ids (`torch.LongTensor` `[B, P]`), generation_config, model_kwargs:
+            As the main model's decoding method gets them.
+        inputs_tensor (`torch.Tensor` `[B / R, ...]`, *optional*):
+            What an encoder-decoder model's encoder reads; every entry is for R rows.
+        media (`dict[str, torch.Tensor]`, *optional*):
+            Images and videos that the main model has encoded already, as its caller gave them.
+    """
+    repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    of_main_model = {name: value for name, value in model_kwargs.items() if name != "mm_encoder_outputs"}
+    if inputs_tensor is not None:
+        inputs_tensor = inputs_tensor.repeat_interleave(len(input_ids) // len(inputs_tensor), dim=0)
+    prepared = []
+    for assistant in map(Placed, assistants):
+        kwargs = AssistedCandidateGenerator(
+            input_ids, assistant, generation_config, of_main_model, inputs_tensor
+        ).assistant_kwargs
+        if media:
+            _, expanded = assistant._expand_inputs_for_generation(
+                expand_size=repeats, is_encoder_decoder=False, input_ids=input_ids[::repeats], **media
+            )
+            kwargs |= {name: value.to(assistant.device) for name, value in expanded.items()}
+            kwargs = encoded(assistant, kwargs.get("inputs_embeds"), kwargs, None, generation_config)
+        prepared.append(kwargs)
+    return prepared
 
 
 @dataclass
@@ -67,7 +97,6 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         distribution (`EnsembleDistribution`), drawing (`drawing.Greedy`, `Gumbel`, `Maximal`), schedule (`Schedule`):
             What is proposed from and verified against, how tokens are drawn, who runs.
         costs (`list[PassCosts]`, A): Where the times of passes go.
-        generation_config (`GenerationConfig`), model_kwargs (`dict`): As `generate()` prepared them.
         max_length (`int`): Tokens of the longest text allowed, prompt included.
         stop_tokens (`Collection[int]`): Tokens after which nothing is proposed.
         keep_scores, keep_logits (`bool`): Whether candidates carry log r and the main model's raw logits.
@@ -82,14 +111,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         drawing: Greedy,
         schedule: Schedule,
         costs: list[PassCosts],
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
         max_length: int,
         stop_tokens: Collection[int] = (),
         keep_scores: bool = False,
         keep_logits: bool = False,
     ):
-        super().__init__(input_ids, members[-1].model, generation_config, model_kwargs)
+        # Not the parent's: that prepares one assistant for its own `generate()`; see `assistant_kwargs`
         self.members = members
         self.authors = [*members, *drafters]
         self.models = [author for author in self.authors if isinstance(author, Member)]
@@ -98,6 +125,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.schedule = schedule
         self.costs = costs
         self.stop_tokens = frozenset(stop_tokens)
+        self.in_step = len(input_ids) > 1 and any(model.in_step for model in self.models)
 
         batch, prompt_length = input_ids.shape
         self.prompt_length = prompt_length
@@ -148,25 +176,45 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         accepted, tokens = torch.stack([num_matches, emitted]).cpu().numpy()  # the round's only transfer
         emits = (accepted < candidates.proposed) | candidates.drawable
         self._count(candidates.proposed, accepted)
+        gained, falls = self._align(accepted + emits, emits) if self.in_step else (accepted + emits, emits)
+        kept = np.minimum(accepted, gained)
+        emits = gained > kept
         for i in range(len(self.models), len(self.authors)):
-            for b, (kept, token) in enumerate(zip(accepted.tolist(), tokens.tolist())):
-                self._learn(i, b, kept, [token] if emits[b] else [])
-        gained = accepted + emits
-        self._put(emitted, np.flatnonzero(emits), self.verified + accepted)
+            for b, (n, token) in enumerate(zip(kept.tolist(), tokens.tolist())):
+                self._learn(i, b, n, [token] if emits[b] else [], bool(falls[b]))
+        self._put(emitted, np.flatnonzero(emits), self.verified + kept)
+        last = [int(token) if new else (drawn[n - 1] if n else -1)
+                for token, new, drawn, n in zip(tokens, emits, self.drawn, kept.tolist())]  # fmt: skip
         self.verified = self.verified + gained
-        self.total = np.where(emits, self.verified, self.total)
-        self._seal(emits, tokens)
+        self.total = np.where(falls, self.verified, self.total)
+        self._seal(falls, last)
         # A token drawn from r has been seen by no member; a kept proposal is settled
-        keep = np.where(emits, self.verified - 1, self.total)
+        keep, settled = np.where(falls, self.verified - 1, self.total), self.verified - falls
+        if self.in_step and falls.any():  # rows at their end make room: slots are only removed from all rows
+            keep, settled = (np.full_like(length, length[falls].min()) for length in (keep, settled))
         for author in self.models:
-            author.forget(keep, settled=self.verified - emits)
+            author.forget(keep, settled)
         for held in (*self.evidence, self.q, self.logits):
             held.drop_first(gained)
         for rows in (self.pending, self.drawn):
-            for row, n, emitted_here in zip(rows, gained.tolist(), emits.tolist()):
-                del row[: len(row) if emitted_here else n]
+            for row, n, all_fall in zip(rows, gained.tolist(), falls.tolist()):
+                del row[: len(row) if all_fall else n]
         self.schedule.advanced(int(gained.sum()) / max(int(self.active.sum()), 1))
         return gained
+
+    def _align(self, gained: np.ndarray, emits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Makes all rows that go on gain as many tokens `[B]` as the one that gains least, and says in which rows `[B]`
+        the tokens behind these fall: in all, unless no row has lost or drawn any. How many a row may keep depends on
+        the other rows' draws and not on its own, so that its text keeps its distribution.
+        """
+        ends = self.sealed & ~emits & (self.verified + gained == self.total)
+        going_on = self.active & ~ends
+        if not going_on.any():
+            return gained, emits
+        least = gained[going_on].min()
+        all_fall = (emits[going_on] | (gained[going_on] > least)).any()
+        return np.where(going_on, least, gained), np.where(going_on, all_fall, emits)
 
     def retire(self, wanted: np.ndarray) -> None:
         """Goes on only with rows `[B]` that are wanted and not at their end."""
@@ -243,6 +291,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             drafts[row], logits[row] = drafter.draft(row, self.ids[row : row + 1, :end], self.max_length - end)
             stop = next((j + 1 for j, token in enumerate(drafts[row]) if token in self.stop_tokens), None)
             drafts[row] = drafts[row][:stop]
+        if self.in_step:
+            shortest = min(len(drafts[row]) for row in np.flatnonzero(self._open()).tolist())
+            drafts = [tokens[:shortest] for tokens in drafts]
         drafter.stopwatch.stop(1)
         self._take_time(i)
 
@@ -334,12 +385,15 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
                 if author >= len(self.models):
                     self.authors[author].judged(b, j < kept)
 
-    def _learn(self, i: int, b: int, kept: int, drawn: list[int]) -> None:
-        """Shows drafter i, which is no model, what row b has gained: proposals kept, perhaps a token drawn from r."""
+    def _learn(self, i: int, b: int, kept: int, drawn: list[int], falls: bool) -> None:
+        """
+        Shows drafter i, which is no model, what row b has gained: proposals kept, perhaps a token drawn from r; and
+        whether what was pending behind them falls.
+        """
         drafter = self.authors[i]
         own = [j < kept for j, (author, _) in enumerate(self.pending[b]) if author == i]
         if own and kept + len(drawn):
             drafter.settle(b, self.ids[b : b + 1, : int(self.verified[b]) + kept], len(own), sum(own))
-        for hit in drafter.compare(b, int(self.verified[b]), [*self.drawn[b][:kept], *drawn], bool(drawn)):
+        for hit in drafter.compare(b, int(self.verified[b]), [*self.drawn[b][:kept], *drawn], falls):
             self.schedule.judged(i, drafter.trust[b], hit)
             drafter.judged(b, hit)

@@ -3,6 +3,7 @@ the standard ensemble through transformers' own loops."""
 
 import copy
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,25 +12,43 @@ from transformers.generation import (
     CandidateGenerator,
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
     LogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .adapters import all_locks_of
 from .auto import Auto, Memory
 from .candidates import EnsembleCandidateGenerator, assistant_kwargs
-from .config import EnsembleConfig
+from .config import AUTO, EnsembleConfig
 from .distribution import EnsembleDistribution
 from .drafter import PROMPT_LOOKUP, GeneratorDrafter
 from .drawing import Gumbel, drawing_rule
 from .estimates import Acceptance, PassCosts, pass_costs, remembered
 from .logits_process import EnsembleLogitsProcessor
-from .member import Member, can_roll_back
-from .output import EnsembleDecoderOnlyOutput, EnsembleStats, Transcript, pads_finished_rows
+from .member import Member, can_roll_back, decoder_layers, restored_on_error
+from .output import (
+    EnsembleDecoderOnlyOutput,
+    EnsembleEncoderDecoderOutput,
+    EnsembleStats,
+    Transcript,
+    pads_finished_rows,
+)
 from .processing import PositionwiseProcessor
 from .roles import Roles
 from .schedule import Schedule, Turns
 from .theory import predict
-from .validate import STANDARD, assistant_list, check_call, check_members, is_model, shared_vocabulary, warn_once
+from .validate import (
+    STANDARD,
+    assistant_list,
+    check_call,
+    check_media,
+    check_members,
+    check_prompt,
+    is_model,
+    shared_vocabulary,
+    warn_once,
+)
 
 
 @torch.no_grad()
@@ -44,14 +63,16 @@ def ensemble_decoding(
     assistant_models: PreTrainedModel | list[PreTrainedModel] | None = None,
     ensemble_config: EnsembleConfig | None = None,
     drafter: PreTrainedModel | str | CandidateGenerator | None = None,
+    inputs_tensor: torch.Tensor | None = None,
+    media: dict[str, torch.Tensor] | None = None,
     **model_kwargs,
-) -> EnsembleDecoderOnlyOutput | torch.LongTensor:
+) -> EnsembleDecoderOnlyOutput | EnsembleEncoderDecoderOutput | torch.LongTensor:
     r"""
     Decodes an ensemble; a callable for `generate(custom_generate=...)`, and what `ensemble_config=` runs.
 
     Args:
-        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
-            As `generate()` hands them to its decoding methods.
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, inputs_tensor,
+            model_kwargs: As `generate()` hands them to its decoding methods.
         assistant_models (`PreTrainedModel` or `list[PreTrainedModel]`):
             The other members.
         ensemble_config (`EnsembleConfig`, *optional*):
@@ -59,10 +80,13 @@ def ensemble_decoding(
         drafter (`PreTrainedModel`, `"prompt_lookup"` or `CandidateGenerator`, *optional*):
             Proposes, and is no part of the ensemble: a model with the same tokenizer; copies from the text so far; or
             any of transformers' candidate generators, for a single row.
+        media (`dict[str, torch.Tensor]`, *optional*):
+            The images and videos that `generate()` was given, for the assistants: of the main model's it passes on only
+            what its encoders made of them. `generate(ensemble_config=...)` sees to that.
 
     Returns:
-        `torch.LongTensor` `[B, T]`, or with `return_dict_in_generate=True` an `EnsembleDecoderOnlyOutput` (from beam
-        search transformers' own output).
+        `torch.LongTensor` `[B, T]`, or with `return_dict_in_generate=True` an `EnsembleDecoderOnlyOutput` or
+        `EnsembleEncoderDecoderOutput` (from beam search transformers' own output).
 
     Raises:
         `TypeError`, `ValueError`: before the first forward pass, for anything that does not fit together.
@@ -88,28 +112,37 @@ def ensemble_decoding(
     """
     assistants = assistant_list(assistant_models)
     config = check_members([model, *assistants], ensemble_config or EnsembleConfig(), drafter)
-    check_call(config, generation_config, logits_processor, model_kwargs)
+    check_call(config, generation_config, logits_processor, input_ids, model_kwargs)
+    encoded = model_kwargs.get("mm_encoder_outputs")
+    media = {name: value for name, value in (media or {}).items() if encoded and name not in model_kwargs}
+    check_media([*assistants, *([drafter] if is_model(drafter) else [])], encoded, media, model_kwargs)
+
+    def kwargs_of(models: list[PreTrainedModel]) -> list[dict]:
+        return assistant_kwargs(models, input_ids, generation_config, model_kwargs, inputs_tensor, media)
+
     decode = _speculative if config.speculative else _standard
-    return decode(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-        drafter, config, model_kwargs,
-    )  # fmt: skip
+    with restored_on_error(model_kwargs.get("past_key_values")):
+        return decode(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
+            drafter, config, kwargs_of, model_kwargs,
+        )  # fmt: skip
 
 
 def _speculative(
     model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-    drafter, config, model_kwargs,
+    drafter, config, kwargs_of, model_kwargs,
 ):  # fmt: skip
     if synced_gpus:
         raise ValueError(f"`synced_gpus=True` is not supported by a speculative ensemble: use {STANDARD}.")
     roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]], drafter is not None)
     models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
+    check_prompt(input_ids, [models[i] for i in roles.order[: roles.members]])
     max_length = stopping_criteria.max_length or generation_config.max_length
-    prepared = [model_kwargs, *assistant_kwargs(models[1:], input_ids, generation_config, model_kwargs)]
+    prepared = [model_kwargs, *kwargs_of(models[1:])]
     authors = [Member(models[i], prepared[i], input_ids) for i in roles.order if i < len(models)]
     for author in authors:
-        if not can_roll_back(author.cache):
-            layers = sorted({type(layer).__name__ for layer in author.cache.layers})
+        if not can_roll_back(author.model, author.cache):
+            layers = sorted({type(layer).__name__ for layer in decoder_layers(author.cache)})
             raise ValueError(
                 "A speculative ensemble takes back rejected tokens, which the cache of a "
                 f"{type(author.model).__name__} cannot ({type(author.cache).__name__} with {layers}): use the "
@@ -117,6 +150,8 @@ def _speculative(
             )
     members = authors[: roles.members]
     vocabulary = shared_vocabulary([member.model for member in members])
+    for author in authors[roles.members :]:
+        author.read_as_if_known(vocabulary[0])
     costs = [pass_costs(author.model) for author in authors]
     if len(authors) < len(roles.order):
         authors.append(GeneratorDrafter.of(drafter, len(input_ids), vocabulary[1], max_length))
@@ -137,8 +172,6 @@ def _speculative(
         drawing_rule(generation_config.do_sample, config.coupling),
         schedule,
         costs,
-        generation_config,
-        model_kwargs,
         max_length=max_length,
         stop_tokens=generation_config._eos_token_tensor.tolist() if has_eos else (),
         keep_scores=output_scores,
@@ -163,6 +196,8 @@ def _speculative(
         transcript.commit(candidates_of.ids, candidates_of.verified)
         candidates_of.retire(transcript.wanted)
 
+    seconds = time.perf_counter() - start
+    cache = members[0].release(transcript.sequences.shape[1] - 1)  # perhaps the caller's
     if streamer is not None:
         streamer.end()
     if not output_dict:
@@ -174,16 +209,20 @@ def _speculative(
         verified=roles.in_callers_order(candidates_of.judged),
         accepted=roles.in_callers_order(candidates_of.accepted),
         member_seconds=roles.in_callers_order(author.stopwatch.seconds for author in authors),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         predicted_speedup=_predicted_speedup(schedule.turns, candidates_of, transcript.sequences.shape),
     )
-    return EnsembleDecoderOnlyOutput(
+    return _output_class(model)(
         sequences=transcript.sequences,
         scores=transcript.scores,
         logits=transcript.logits,
-        past_key_values=members[0].release(transcript.sequences.shape[1] - 1),
+        past_key_values=cache,
         stats=stats,
     )
+
+
+def _output_class(model: PreTrainedModel) -> type:
+    return EnsembleEncoderDecoderOutput if model.config.is_encoder_decoder else EnsembleDecoderOnlyOutput
 
 
 def _name(drafter: PreTrainedModel | str | CandidateGenerator | None) -> str | None:
@@ -264,23 +303,25 @@ class _Criteria(StoppingCriteriaList):
 
 def _standard(
     model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-    drafter, config, model_kwargs,
+    drafter, config, kwargs_of, model_kwargs,
 ):  # fmt: skip
     beams = generation_config.num_beams or 1
     shares_noise = generation_config.do_sample and config.coupling == "gumbel" and beams == 1
     if drafter is not None:
         warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
     roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]])
+    config = replace(config, num_assistant_tokens=AUTO)  # plays no role, and need not fit the members that are left
     if roles.members > 1:  # the others have no weight
         config = roles.config(config)
         assistants = [[model, *assistants][i] for i in roles.order[1 : roles.members]]
+    check_prompt(input_ids, [model, *assistants])
     pad = generation_config._pad_token_tensor
     ensemble = EnsembleLogitsProcessor.for_generate(
         model,
         assistants,
         config,
         process=PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad)),
-        assistant_kwargs=assistant_kwargs(assistants, input_ids, generation_config, model_kwargs),
+        assistant_kwargs=kwargs_of(assistants),
         normalize=beams > 1,
         form="log_probs" if beams > 1 or generation_config.do_sample or generation_config.output_scores else "scores",
     )
@@ -301,10 +342,11 @@ def _standard(
         synced_gpus=synced_gpus,
         **model_kwargs,
     )
-    if beams > 1:
-        return model._beam_search(input_ids, **arguments)
-    output = model._sample(input_ids, streamer=streamer, **arguments)
-    if not isinstance(output, GenerateDecoderOnlyOutput):
+    with all_locks_of([model, *assistants]):
+        if beams > 1:
+            return model._beam_search(input_ids, **arguments)
+        output = model._sample(input_ids, streamer=streamer, **arguments)
+    if not isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)):
         return output
     if shares_noise and output.scores is not None:
         output["scores"] = noise.log_probs
@@ -319,4 +361,4 @@ def _standard(
         seconds=seconds,
         member_seconds=[seconds - sum(inside), *inside],
     )
-    return EnsembleDecoderOnlyOutput(**output, stats=stats)
+    return _output_class(model)(**output, stats=stats)

@@ -76,18 +76,18 @@ class GeneratorDrafter:
         if not self.watched[row][1]:
             self.watched[row] = (position, tokens)
 
-    def compare(self, row: int, position: int, tokens: list[int], drawn: bool) -> list[bool]:
+    def compare(self, row: int, position: int, tokens: list[int], falls: bool) -> list[bool]:
         """
         Which of the watched tokens came true, up to the first miss.
 
         Args:
             position (`int`): Where the tokens stand that the row has gained.
             tokens (`list[int]`): These.
-            drawn (`bool`): Whether the last of them was drawn from r, and what was pending behind it fell.
+            falls (`bool`): Whether what was pending behind them fell.
         """
         start, watched = self.watched[row]
         end = position + len(tokens)
-        if drawn and end <= start:
+        if falls and end <= start:
             self.watched[row] = (0, [])  # they continued another text
             return []
         hits = [a == b for a, b in zip(watched, tokens[max(start - position, 0) :])]

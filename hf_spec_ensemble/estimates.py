@@ -1,12 +1,15 @@
 """What has been measured so far: seconds of the members' passes and how often proposals are kept. Kept for the process,
-in memory, as long as the models live."""
+in memory, as long as the models live; any number of threads may add and read."""
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
+
+from .adapters import identity
 
 
 PROBED = (1, 2, 4, 8)  # numbers of tokens per row whose passes are measured on purpose
@@ -38,12 +41,14 @@ class PassCosts:
         self._samples: dict[tuple[int, int], tuple[float, ...]] = {}  # replaced whole: other threads may be reading
         self._measured_at: dict[tuple[int, int], int] = {}
         self._passes = 0
+        self._lock = Lock()  # of those who write
 
     def add(self, batch: int, width: int, seconds: float) -> None:
         """Takes the measurement of a pass over `width` tokens in each of `batch` rows."""
-        self._passes += 1
-        self._samples[batch, width] = (*self._samples.get((batch, width), ())[1 - SAMPLES :], seconds)
-        self._measured_at[batch, width] = self._passes
+        with self._lock:
+            self._passes += 1
+            self._measured_at[batch, width] = self._passes  # first: those who find samples look for it
+            self._samples[batch, width] = (*self._samples.get((batch, width), ())[1 - SAMPLES :], seconds)
 
     def measured(self, batch: int, width: int) -> float | None:
         """
@@ -116,53 +121,59 @@ class Acceptance:
     FADE = 0.997  # per generated token
 
     def __init__(self):
-        self._tried = [0.0] * (len(self.EDGES) + 1)
-        self._kept = [0.0] * (len(self.EDGES) + 1)
+        nothing = [0.0] * (len(self.EDGES) + 1)
+        self._counts = (nothing, nothing)  # tried and kept by bin; replaced whole: other threads may be reading
+        self._lock = Lock()  # of those who write
 
     def add(self, confidence: float, kept: bool) -> None:
         """Takes the fate of a verified proposal."""
         bin_ = self._bin(confidence)
-        self._tried[bin_] += 1
-        self._kept[bin_] += kept
+        with self._lock:
+            tried_counts, kept_counts = map(list, self._counts)
+            tried_counts[bin_] += 1
+            kept_counts[bin_] += kept
+            self._counts = (tried_counts, kept_counts)
 
     def fade(self, tokens: int) -> None:
         """Lets old evidence count less, after so many more tokens were generated."""
         share = self.FADE**tokens
-        self._tried = [share * count for count in self._tried]
-        self._kept = [share * count for count in self._kept]
+        with self._lock:
+            tried, kept = ([share * count for count in counts] for counts in self._counts)
+            self._counts = (tried, kept)
 
     @property
     def evidence(self) -> float:
         """How many verified proposals the estimates rest on."""
-        return sum(self._tried)
+        return sum(self._counts[0])
 
     @property
     def mean(self) -> float:
         """The probability that a proposal is kept, in [0, 1]."""
-        return (sum(self._kept) + self.PRIOR * self.PRIOR_WEIGHT) / (self.evidence + self.PRIOR_WEIGHT)
+        tried, kept = map(sum, self._counts)
+        return (kept + self.PRIOR * self.PRIOR_WEIGHT) / (tried + self.PRIOR_WEIGHT)
 
     def chance(self, confidence: float) -> float:
         """The probability that a proposal of this confidence is kept, in [0, 1]."""
-        bin_ = self._bin(confidence)
-        return (self._kept[bin_] + self.mean * self.BIN_WEIGHT) / (self._tried[bin_] + self.BIN_WEIGHT)
+        tried, kept = (counts[self._bin(confidence)] for counts in self._counts)
+        return (kept + self.mean * self.BIN_WEIGHT) / (tried + self.BIN_WEIGHT)
 
     def _bin(self, confidence: float) -> int:
         return sum(confidence > edge for edge in self.EDGES)
 
 
-_costs: WeakKeyDictionary[PreTrainedModel, PassCosts] = WeakKeyDictionary()
 _memory: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
 def pass_costs(model: PreTrainedModel) -> PassCosts:
     """The process's `PassCosts` of a model."""
-    return _costs.setdefault(model, PassCosts())
+    return remembered([model], "pass costs", PassCosts)
 
 
 def remembered(models: Sequence[PreTrainedModel], key: Hashable, make: Callable[[], Any]) -> Any:
     """What is kept for these models and this key, made by `make()` the first time."""
-    kept = _memory.setdefault(models[0], {})
-    key = (*(id(model) for model in models[1:]), key)
+    (owner, adapter), *others = map(identity, models)
+    kept = _memory.setdefault(owner, {})
+    key = (adapter, *((id(other), its_adapter) for other, its_adapter in others), key)
     if key not in kept:
-        kept[key] = make()
+        kept.setdefault(key, make())  # unless another thread was faster
     return kept[key]

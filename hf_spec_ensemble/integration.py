@@ -5,10 +5,12 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
+from .adapters import all_locks_of
 from .decoding import ensemble_decoding
-from .validate import assistant_list, check_members
+from .validate import assistant_list, check_members, is_model
 
 
 _original = None  # GenerationMixin.generate while the integration is enabled
@@ -37,7 +39,9 @@ def enable() -> None:
             if "ensemble_config" in kwargs and kwargs["ensemble_config"] is None:
                 del kwargs["ensemble_config"]
             return original(self, *args, **kwargs)
-        return original(self, **_ensemble_arguments(self, original, args, kwargs))
+        arguments = _ensemble_arguments(self, original, args, kwargs)
+        with all_locks_of(_encoding_members(self, **arguments["custom_generate"].keywords)):
+            return original(self, **arguments)
 
     GenerationMixin.generate = generate
 
@@ -50,6 +54,12 @@ def disable() -> None:
         _original = None
 
 
+def _encoding_members(model, assistant_models: list, drafter: Any = None, **_) -> list:
+    """The members if they have encoders: these run before decoding begins, with no other member's adapter active."""
+    encodes = model.config.is_encoder_decoder or model.config.get_text_config() is not model.config
+    return [model, *assistant_models, *([drafter] if is_model(drafter) else [])] if encodes else []
+
+
 def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     The arguments for transformers' own `generate` that make it decode an ensemble. What it does not hand to a
@@ -59,7 +69,9 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
     arguments = {name: value for name, value in bound.items() if name not in ("self", "kwargs")} | bound["kwargs"]
 
     config = arguments.pop("ensemble_config")
-    assistants = assistant_list(arguments.pop("assistant_model", None))
+    # Some models' own `generate`, Whisper's for one, looks into `assistant_model` and passes on what it does not know
+    given = [arguments.pop(name, None) for name in ("assistant_model", "assistant_models")]
+    assistants = assistant_list(next((models for models in given if models is not None), None))
     drafter = arguments.pop("drafter", None)
     check_members([model, *assistants], config, drafter)  # before anything else may go wrong, or take time
     if arguments.pop("assistant_tokenizer", None) is not None:
@@ -71,6 +83,11 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
         assistant_models=assistants,
         ensemble_config=config,
         drafter=drafter,
+        media={
+            name: value
+            for name, value in arguments.items()
+            if isinstance(value, torch.Tensor) and name not in ("inputs", "input_ids")
+        },
         streamer=arguments.get("streamer"),
         synced_gpus=bool(arguments.get("synced_gpus")),
     )

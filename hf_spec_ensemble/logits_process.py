@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from .compat import encoded
 from .config import EnsembleConfig
 from .distribution import EnsembleDistribution
-from .member import Member, Stopwatch
+from .member import Member, Stopwatch, device_of
 from .processing import PositionwiseProcessor
 from .validate import assistant_list, check_members, shared_vocabulary
 
@@ -34,9 +35,11 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         attention_mask (`torch.LongTensor` `[B, P]`, *optional*):
             Of the prompts. If not given, leading `pad_token_id`s of a row count as padding, as long as that is not the
             end-of-sequence token too.
+        encoder_inputs (`dict[str, torch.Tensor]`, *optional*):
+            Of encoder-decoder models, and only of these: what the encoders read, as passed to `generate()`.
 
     Raises:
-        `TypeError`, `ValueError`: if the members do not fit together.
+        `TypeError`, `ValueError`: if the members do not fit together, or `encoder_inputs` to them.
 
     Example:
 
@@ -59,14 +62,22 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         assistant_models: PreTrainedModel | list[PreTrainedModel],
         ensemble_config: EnsembleConfig,
         attention_mask: torch.Tensor | None = None,
+        encoder_inputs: dict[str, torch.Tensor] | None = None,
     ):
         self.assistants = assistant_list(assistant_models)
         models = [model, *self.assistants]
         config = check_members(models, ensemble_config)
         self.pad_token_id = self._padding_token(model)
         self.attention_mask = attention_mask
+        self.encoder_inputs = encoder_inputs
+        if (encoder_inputs is not None) != model.config.is_encoder_decoder:
+            raise ValueError(
+                "`encoder_inputs` are what encoder-decoder models encode, as passed to `generate()`: they must be "
+                f"given for these and only these, but the main model is a {type(model).__name__} and they are "
+                f"{'not ' if encoder_inputs is None else ''}given."
+            )
         self.distribution = EnsembleDistribution(
-            config, PositionwiseProcessor(LogitsProcessorList()), shared_vocabulary(models), model.device
+            config, PositionwiseProcessor(LogitsProcessorList()), shared_vocabulary(models), device_of(model)
         )
         self.assistant_kwargs: list[dict] | None = None
         self.normalize = False
@@ -88,7 +99,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             normalize (`bool`): Whether the scores are log-probabilities, as in beam search, and not logits.
             form (`str`): Of what it returns, as for `EnsembleDistribution.target`.
         """
-        processor = cls(model, assistant_models, ensemble_config)
+        none = {} if model.config.is_encoder_decoder else None  # the prepared arguments hold what encoders made of it
+        processor = cls(model, assistant_models, ensemble_config, encoder_inputs=none)
         processor.distribution.process = process
         processor.assistant_kwargs = assistant_kwargs
         processor.normalize = normalize
@@ -109,6 +121,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         Returns:
             `torch.Tensor` `[B, V]`: log r.
         """
+        self.distribution.device = scores.device  # the main model may be spread over several
         self._follow(input_ids)
         end = np.full(len(input_ids), input_ids.shape[1])
         logits = [scores[:, None]]  # [B, 1, V] each
@@ -160,13 +173,22 @@ class EnsembleLogitsProcessor(LogitsProcessor):
     def _prompt_kwargs(self, input_ids: torch.Tensor) -> list[dict]:
         if self.assistant_kwargs is not None:
             return self.assistant_kwargs
+        if self.encoder_inputs is not None:
+            return [self._encoded(model, len(input_ids)) for model in self.assistants]
         mask = self.attention_mask
         if mask is None or mask.shape[1] != input_ids.shape[1]:
             mask = torch.ones_like(input_ids)
             if self.pad_token_id is not None:
                 mask = ((input_ids != self.pad_token_id).cumsum(1) > 0).long()
         mask = mask.repeat_interleave(len(input_ids) // len(mask), dim=0)
-        return [{"attention_mask": mask.to(model.device)} for model in self.assistants]
+        return [{"attention_mask": mask.to(device_of(model))} for model in self.assistants]
+
+    def _encoded(self, model: PreTrainedModel, rows: int) -> dict:
+        """What an assistant's decoder is given besides tokens, for so many rows."""
+        given = {name: value.to(device_of(model)) for name, value in self.encoder_inputs.items()}
+        tensor, name, kwargs = model._prepare_model_inputs(None, None, given)
+        kwargs = encoded(model, tensor, kwargs, name, model.generation_config)
+        return model._expand_inputs_for_generation(rows // len(tensor), is_encoder_decoder=True, **kwargs)[1]
 
     @staticmethod
     def _padding_token(model: PreTrainedModel) -> int | None:

@@ -1,5 +1,6 @@
 """Member: one model and its KV cache. Scores tokens, forgets them, knows nothing of the other members."""
 
+import copy
 import inspect
 import time
 from collections import deque
@@ -9,18 +10,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 from transformers.generation.candidate_generator import _prepare_token_type_ids
 
+from .adapters import lock_of
 from .padded import columns, window
+from .snapshots import Snapshots, can_read_on, needs_snapshots
 
 
 # Slots that no row needs any more may make up this share of a cache before it is compacted.
 COMPACT_AT = 0.25
 
-# What Member passes to the model itself, from its own state.
-OWN_KWARGS = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "output_logits")
+# What Member passes to the model itself, from its own state; the mask and the positions are those of the decoder.
+OWN_KWARGS = ("past_key_values", "logits_to_keep", "use_cache", "output_logits")
+
+# A recurrent model reads final tokens in a pass of their own if there are more, so as not to read them again.
+READ_AGAIN = 4
+
+# Their positions follow from the attention mask, without position ids.
+POSITIONS_FROM_MASK = ("bloom",)
 
 
 class Stopwatch:
@@ -75,46 +89,80 @@ class Stopwatch:
 
 class Member:
     """
-    A causal language model, its cache, and how many tokens of each row it has seen.
+    A language model, its cache, and how many tokens of each row it has seen. Of an encoder-decoder model, the decoder:
+    the encoder's outputs are among `kwargs`.
 
     Rows of a batch may see and forget different numbers of tokens. A forgotten token, or the padding of a shorter row,
     stays in the cache as a hidden slot, masked out; slots hidden in every row at the end are cropped, and the rest is
     compacted when there is much of it. Sliding-window layers measure distance in slots, so with those a cache is
-    compacted before every pass that follows a hidden slot. For one row all this is the ordinary crop.
+    compacted before every pass that follows a hidden slot. Models that cannot do with hidden slots at all want rows
+    that have seen equally many tokens (`in_step`). For one row all this is the ordinary crop. A recurrent state goes
+    back to a copy made before a pass, and the model reads again what it has to keep.
 
     Counts of tokens (`seen` and arguments) are numpy integers `[B]` and include a prompt's left padding.
 
     Args:
         model (`PreTrainedModel`):
-            Decoder-only.
+            Decoder-only or encoder-decoder.
         kwargs (`dict`):
-            What `generate()` prepared for its `forward`: `attention_mask` and `position_ids` of the prompt, on the
-            model's device, perhaps `past_key_values`, and anything else, which is passed on.
+            What `generate()` prepared for its `forward`: `attention_mask` and `position_ids` of the prompt (with an
+            encoder `decoder_attention_mask` and `decoder_position_ids`), on the model's device, perhaps
+            `past_key_values`, and anything else, which is passed on. A cache may hold the first tokens of the prompt.
         prompt (`torch.LongTensor` `[B, P]`):
             For its shape.
     """
 
     def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any], prompt: torch.Tensor):
         self.model = model
-        self.device = model.device  # which transformers looks up anew each time
-        self.kwargs = {key: value for key, value in kwargs.items() if key not in OWN_KWARGS}
-        self.cache: Cache = kwargs.get("past_key_values")
+        self.device = device_of(model)
+        decoder = "decoder_" if model.config.is_encoder_decoder else ""
+        self._mask_name, self._positions_name = f"{decoder}attention_mask", f"{decoder}position_ids"
+        self._cache_name = "cache_params" if self._takes("cache_params") else "past_key_values"  # Mamba's
+        own = (*OWN_KWARGS, self._cache_name, self._mask_name, self._positions_name)
+        self.kwargs = {key: value for key, value in kwargs.items() if key not in own}
+        self.cache: Cache = kwargs.get(self._cache_name)
         if self.cache is None:
-            self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+            self.cache = _empty_cache(model)
         self.cache.activate_past_recording()  # sliding-window layers keep what a roll-back may need
+        self._layers = decoder_layers(self.cache)
 
         batch, self.prompt_length = prompt.shape
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get(self._mask_name)
         self.prompt_visible = np.ones(prompt.shape, bool) if mask is None else mask.bool().cpu().numpy()
-        self.prompt_positions = self._prompt_positions(kwargs.get("position_ids"))  # [..., B, P]
-        self.visible = np.ones((batch, 0), bool)  # [B, S]: the slots that attention may see
-        self.seen = np.zeros(batch, int)
-        self.settled = np.zeros(batch, int)  # tokens that will never be forgotten
+        self.prompt_positions = self._prompt_positions(kwargs.get(self._positions_name))  # [..., B, P]
+        held = tokens_held(self.cache)
+        self.visible = self.prompt_visible[:, :held]  # [B, S]: the slots that attention may see
+        self.seen = np.full(batch, held)
+        self.settled = self.seen  # tokens that will never be forgotten
 
         self.passes = 0
+        self._last_token: int | None = None
+        self._lock = lock_of(model)
         self.stopwatch = Stopwatch(self.device)
         self._takes_logits_to_keep = model._supports_logits_to_keep()
-        self._sliding = [layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        self._sliding = [layer for layer in self._layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        self._linear = [layer for layer in self._layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        self._snapshots = Snapshots(self._linear) if needs_snapshots(model) else None
+        # A cache made without the model's config holds all tokens in every layer, behind the same masks
+        self._windowed = any(isinstance(x, DynamicSlidingWindowLayer) for x in decoder_layers(_empty_cache(model)))
+
+    @property
+    def in_step(self) -> bool:
+        """
+        Whether all rows must have seen equally many tokens before a pass, because hidden slots would disturb them: the
+        model has no position ids, counting slots instead, or its layers keep a state of what they have read.
+        """
+        model_type = self.model.config.get_text_config(decoder=True).model_type
+        return bool(self._linear) or (self.prompt_positions is None and model_type not in POSITIONS_FROM_MASK)
+
+    def read_as_if_known(self, vocab_size: int) -> None:
+        """
+        Lets a drafter with a smaller vocabulary than this read the tokens it lacks as its last one, which is padding
+        too: what it proposes then may be worse, and the text is the members'.
+        """
+        own = self.model.config.get_text_config().vocab_size
+        if own < vocab_size:
+            self._last_token = own - 1
 
     def score(self, ids: torch.Tensor, end: np.ndarray, width: int = 0) -> torch.Tensor:
         """
@@ -129,37 +177,47 @@ class Member:
             `torch.Tensor` `[B, K, V]`, the model's dtype and device: logits after each token read. Of the prompt's only
             those after its last token are given, so `[b, 0]` predicts token `max(seen[b] + 1, P)`.
         """
+        if self._snapshots is None:
+            return self._read(ids, end, width)
+        final = np.minimum(end, max(int(self.settled.max()), self.prompt_length))
+        if (final == end).all():
+            return self._read(ids, end)
+        apart = [self._read(ids, final)] if self.passes == 0 or (final - self.seen).max() > READ_AGAIN else []
+        self._snapshots.take(int(self.seen.max()))
+        return torch.cat([*apart, self._read(ids, end)], dim=1)
+
+    def _read(self, ids: torch.Tensor, end: np.ndarray, width: int = 0) -> torch.Tensor:
+        """A forward pass; see `score`."""
         self._tidy()
         count = np.maximum(end - self.seen, 0)
         needed = int(count.max())
         width = max(needed, width)
         index = columns(self.seen, width)  # [B, W]
         real = index < end[:, None]
-        first_pass = self.visible.shape[1] == 0
+        first_pass, held = self.passes == 0, self.visible.shape[1]
         if first_pass:
-            real[:, : self.prompt_length] &= self.prompt_visible
+            real[:, : self.prompt_length - held] &= self.prompt_visible[:, held:]
         # Padding behind a row's tokens need not be hidden from them: attention is causal
         ahead = real if first_pass else np.ones_like(real)
         visible = np.concatenate([self.visible, ahead], axis=1)  # [B, S + W]
 
         chunk = window(ids, self.seen, width).to(self.device)
+        if self._last_token is not None:
+            chunk = chunk.clamp(max=self._last_token)
         kwargs = dict(self.kwargs)
         if kwargs.get("token_type_ids") is not None:
             kwargs = _prepare_token_type_ids(kwargs, visible.shape[1])
+        # As in generate(): no mask where there is nothing to hide
+        kwargs[self._mask_name] = None if visible.all() else torch.from_numpy(visible).long().to(self.device)
+        kwargs[self._positions_name] = self._positions(np.minimum(index, np.maximum(end - 1, 0)[:, None]))
+        kwargs[self._cache_name] = self.cache
         inputs = self.model.prepare_inputs_for_generation(
-            chunk,
-            past_key_values=self.cache,
-            # As in generate(): no mask where there is nothing to hide
-            attention_mask=None if visible.all() else torch.from_numpy(visible).long().to(self.device),
-            position_ids=self._positions(np.minimum(index, np.maximum(end - 1, 0)[:, None])),
-            use_cache=True,
-            is_first_iteration=first_pass,
-            **kwargs,
+            chunk, use_cache=True, is_first_iteration=first_pass, **kwargs
         )
-        keep = width - (self.prompt_length - 1 if first_pass else 0)
+        keep = width - (self.prompt_length - 1 - held if first_pass else 0)
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
-        with self._within_windows():
+        with self._lock, self._within_windows():
             self.stopwatch.start()
             logits = self.model(**inputs, return_dict=True).logits[:, -keep:]
             self.stopwatch.stop(None if first_pass else width)
@@ -171,12 +229,16 @@ class Member:
 
     def _prompt_positions(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """As given or, since the other members need not take the same arguments as the main model, from the mask."""
-        module = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # PEFT wraps
-        if "position_ids" not in inspect.signature(module.forward).parameters:
+        if not self._takes(self._positions_name):
             return None
         if given is None:
             given = torch.from_numpy(np.maximum(self.prompt_visible.cumsum(-1) - 1, 0)).to(self.device)
         return given
+
+    def _takes(self, argument: str) -> bool:
+        """Whether the model's `forward` does."""
+        module = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # PEFT wraps
+        return argument in inspect.signature(module.forward).parameters
 
     def _positions(self, index: np.ndarray) -> torch.Tensor | None:
         """The position ids of tokens `index` `[B, K]`: the prompt's as given, then one after the other."""
@@ -200,20 +262,30 @@ class Member:
         """
         dropped = np.maximum(self.seen - length, 0)
         self.settled = settled
+        if self._snapshots is not None:
+            if dropped.any():
+                dropped = np.maximum(self.seen - self._snapshots.restore(int(length.min())), 0)
+            self._snapshots.forget_before(int(settled.min()))
         if dropped.any():
             from_end = self.visible[:, ::-1].cumsum(1)[:, ::-1]  # 1 for a row's last visible slot
             self.visible = self.visible & (from_end > dropped[:, None])
             self.seen = self.seen - dropped
 
-    def release(self, length: int) -> Cache:
-        """The cache, as `generate()` would leave it after `length` tokens or however many all rows have seen."""
+    def release(self, length: int) -> Cache | None:
+        """
+        The cache, as `generate()` would leave it after `length` tokens or however many all rows have seen; `None` where
+        rows ended at different lengths and layers cannot go back so far.
+        """
         length = min(int(self.seen.min()), length)
+        if self._linear and (self.settled > length).any():
+            return None
         everywhere = np.full_like(self.seen, length)
         self.forget(everywhere, settled=everywhere)
+        length = int(self.seen.min())
         self._tidy()
         if self.visible.shape[1] != length or self._misaligned():
             self._compact(length)
-        for layer in self.cache.layers:
+        for layer in self._layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = False
         return self.cache
@@ -235,17 +307,20 @@ class Member:
         in_use = np.flatnonzero(self.visible.any(0))
         unused = slots - 1 - int(in_use[-1]) if len(in_use) else slots
         if unused:
-            for layer in self.cache.layers:
-                if layer.is_initialized:
+            for layer in self._layers:
+                if self._snapshots is None or layer not in self._linear:
                     _remove_last(layer, unused)
             self.visible = self.visible[:, : slots - unused]
 
         needed = int(self.visible.sum(1).max())
-        if self._misaligned() and (self._sliding or slots - unused - needed > max(16, COMPACT_AT * needed)):
+        pays = self._windowed or slots - unused - needed > max(16, COMPACT_AT * needed)
+        if pays and not self._linear and self._misaligned():
             self._compact(needed)
         pending = max(int((self.seen - self.settled).max()), 0)  # a member may lag behind what is settled
         for layer in self._sliding:
             _cut_to_window(layer, pending)
+        for layer in self._linear:
+            _cut_to_kernel(layer, pending)
 
     @contextmanager
     def _within_windows(self):
@@ -256,10 +331,12 @@ class Member:
             if extra > 0:
                 aside.append((layer, layer.keys[:, :, :extra], layer.values[:, :, :extra]))
                 layer.keys, layer.values = layer.keys[:, :, extra:], layer.values[:, :, extra:]
-        yield
-        for layer, keys, values in aside:
-            layer.keys = torch.cat([keys, layer.keys], dim=2)
-            layer.values = torch.cat([values, layer.values], dim=2)
+        try:
+            yield
+        finally:
+            for layer, keys, values in aside:
+                layer.keys = torch.cat([keys, layer.keys], dim=2)
+                layer.values = torch.cat([values, layer.values], dim=2)
 
     def _misaligned(self) -> bool:
         """Whether some row has a hidden slot behind a visible one."""
@@ -270,7 +347,7 @@ class Member:
         order = self.visible.argsort(axis=1, kind="stable")[:, -length:]  # [B, length]
         slots = self.visible.shape[1]
         self.visible = np.take_along_axis(self.visible, order, axis=1)
-        for layer in self.cache.layers:
+        for layer in self._layers:
             if not layer.is_initialized:
                 continue
             held = layer.keys.shape[-2]  # the last ones of `slots`
@@ -283,13 +360,57 @@ class Member:
                 layer.cumulative_length = length
 
 
-def _remove_last(layer: DynamicLayer, slots: int) -> None:
-    """Removes the last slots of a layer, and no others: a sliding-window layer's own `crop` also cuts to the window."""
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its inputs: not always `model.device`, "meta" where accelerate has offloaded weights."""
+    device = model.device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(one, "execution_device", None) for hook in hooks for one in (hook, *getattr(hook, "hooks", ())))
+    return torch.device(next((device for device in devices if device is not None), "meta"))
+
+
+class Placed:
+    """A model with offloaded weights, except that its `device` is where it wants its inputs."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.device = device_of(model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def _empty_cache(model: PreTrainedModel) -> Cache:
+    """As `generate()` would make it."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not model.config.is_encoder_decoder:
+        return cache
+    return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
+
+
+def decoder_layers(cache: Cache) -> list:
+    """The layers that grow with the text; an encoder's outputs are attended to through others."""
+    return cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+
+
+def tokens_held(cache: Cache) -> int:
+    """How many tokens a cache has seen; 0 if none of its layers can tell."""
+    return max(
+        (int(layer.get_seq_length()) for layer in decoder_layers(cache) if hasattr(layer, "get_seq_length")), default=0
+    )
+
+
+def _remove_last(layer: DynamicLayer | LinearAttentionLayer, slots: int) -> None:
+    """Removes the last slots of a layer, and no others: some layers' own `crop` also cuts to their window."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for i, states in layer.conv_states.items():
+            layer.conv_states[i] = states[..., :-slots]
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.keys, layer.values = layer.keys[:, :, :-slots], layer.values[:, :, :-slots]
         layer.cumulative_length -= slots
-    else:
-        layer.crop(-slots)
+    elif isinstance(layer, DynamicLayer) and layer.is_initialized:
+        DynamicLayer.crop(layer, -slots)
 
 
 def _cut_to_window(layer: DynamicSlidingWindowLayer, pending: int) -> None:
@@ -299,9 +420,47 @@ def _cut_to_window(layer: DynamicSlidingWindowLayer, pending: int) -> None:
         layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
 
 
-def can_roll_back(cache: Cache) -> bool:
-    """Whether `Member.forget` works on this cache: growing full-attention and sliding-window layers only."""
-    return isinstance(cache, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or type(layer).__name__ == "DummyLayer"
-        for layer in cache.layers
+def _cut_to_kernel(layer: LinearAttentionLayer, pending: int) -> None:
+    """Removes inputs of a convolution so old that its kernel will not reach them, even after forgetting `pending`."""
+    for i, states in layer.conv_states.items():
+        if states is not None:
+            layer.conv_states[i] = states[..., -(layer.conv_kernel_size[i] + pending) :]
+
+
+@contextmanager
+def restored_on_error(cache: Cache | None):
+    """
+    Leaves a cache as it was given if anything goes wrong, so that the same call may be made again. No tensor is copied:
+    layers that can roll back grow by new ones and never write into those they hold. (Static ones do: not for these.)
+    """
+    caches = [] if cache is None else [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        caches += [cache.self_attention_cache, cache.cross_attention_cache]
+    layers = [layer for one in caches for layer in getattr(one, "layers", ())]
+    # Lists and dicts are written to
+    before = [
+        (vars(thing), {k: copy.copy(v) if isinstance(v, (list, dict)) else v for k, v in vars(thing).items()})
+        for thing in (*caches, *layers)
+    ]
+    try:
+        yield
+    except BaseException:
+        for attributes, given in before:
+            attributes.clear()
+            attributes.update(given)
+        raise
+
+
+def can_roll_back(model: PreTrainedModel, cache: Cache) -> bool:
+    """
+    Whether `Member.forget` works on this cache: full-attention and sliding-window layers that grow, convolutions over
+    the last tokens, and recurrent layers of models that read on from a state.
+    """
+    layers = decoder_layers(cache)
+    grows = isinstance(cache, DynamicCache) or isinstance(getattr(cache, "self_attention_cache", None), DynamicCache)
+    known = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
+    return (
+        grows
+        and (not needs_snapshots(model) or can_read_on(model))
+        and all(type(layer) in known or type(layer).__name__ == "DummyLayer" for layer in layers)
     )

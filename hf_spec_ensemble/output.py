@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from transformers import StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 
 @dataclass
@@ -63,10 +63,22 @@ class EnsembleDecoderOnlyOutput(GenerateDecoderOnlyOutput):
 
     `scores` are the log-probabilities of the distribution r that each token was drawn from, `logits` the main model's
     raw logits; for a row that has finished they give its padding token probability one. `past_key_values` is the main
-    model's cache, of as many tokens of `sequences` as it has seen in every row (at most all but the last).
+    model's cache, of as many tokens of `sequences` as it has seen in every row (at most all but the last), or `None`
+    where a cache of convolutions cannot be cut to that.
     """
 
     stats: EnsembleStats | None = None
+
+
+class EnsembleEncoderDecoderOutput(GenerateEncoderDecoderOutput):
+    """
+    `GenerateEncoderDecoderOutput` and `stats`, as in `EnsembleDecoderOnlyOutput`. Here `stats` is an attribute and no
+    item: Whisper's `generate` takes all items apart into rows.
+    """
+
+    def __init__(self, *args, stats: EnsembleStats | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stats = stats
 
 
 def pads_finished_rows(stopping_criteria: StoppingCriteriaList) -> bool:

@@ -1,14 +1,19 @@
 """Checks before the first forward pass: members that fit together, and a call that an ensemble can serve."""
 
+import inspect
 import logging
 from functools import lru_cache
 
+import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import CandidateGenerator
 
+from .adapters import AdapterView, adds_virtual_tokens
 from .config import EnsembleConfig
 from .drafter import PROMPT_LOOKUP
+from .member import tokens_held
 from .processing import STATEFUL
+from .snapshots import READ_ON, can_read_on, needs_snapshots
 
 
 logger = logging.getLogger(__name__)
@@ -17,6 +22,10 @@ logger = logging.getLogger(__name__)
 PADDING_SHARE = 0.02
 
 STANDARD = "EnsembleConfig(speculative=False)"
+
+
+# What vision-language models are given besides text, as far as other models do not know it.
+MEDIA = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches", "input_features")
 
 
 @lru_cache(None)
@@ -75,15 +84,24 @@ def check_members(
                 f"Every member must be a loaded transformers model, but {name} is a {type(member).__name__}: "
                 f"{str(member)[:80]!r}. Load it with AutoModelForCausalLM.from_pretrained first."
             )
-        if member.config.is_encoder_decoder:
+        if isinstance(member, AdapterView):
+            member.refresh()
+        if adds_virtual_tokens(member) and (config.speculative or member is not members[0]):
             raise ValueError(
-                f"Encoder-decoder members are not supported yet, but {name} is a {type(member).__name__}: use causal "
-                "language models."
+                f"PEFT prepends virtual tokens to what {name}, a {type(member).__name__}, reads, which an ensemble "
+                "does not count: use an adapter that changes layers, like LoRA"
+                + (f", or {STANDARD}." if member is members[0] else ".")
             )
-        if getattr(member, "_is_stateful", False):
+        if member.config.is_encoder_decoder != members[0].config.is_encoder_decoder:
             raise ValueError(
-                f"{name[0].upper()}{name[1:]}, a {type(member).__name__}, keeps a recurrent state that cannot be "
-                "rolled back when a proposal is rejected: use members with attention caches."
+                f"Encoder-decoder and decoder-only models cannot form an ensemble, but {name} is a "
+                f"{type(member).__name__} and the main model a {type(members[0]).__name__}: use members of one kind."
+            )
+        if config.speculative and needs_snapshots(member) and not can_read_on(member):
+            raise ValueError(
+                f"{name[0].upper()}{name[1:]}, a {type(member).__name__}, keeps a recurrent state, which in a "
+                f"speculative ensemble only these may: {', '.join(READ_ON)}. Use members with attention caches, or "
+                f"{STANDARD}."
             )
     shared_vocabulary([member for member, _ in named])
     return config.for_members(len(members), drafters=int(drafter is not None))
@@ -111,8 +129,28 @@ def shared_vocabulary(members: list[PreTrainedModel]) -> tuple[int, int]:
     return sizes[0], min(sizes)
 
 
+def check_prompt(input_ids: torch.Tensor, members: list[PreTrainedModel]) -> None:
+    """
+    Checks that all members know the tokens `[B, P]` of the prompt, where their vocabularies are padded differently.
+
+    Raises:
+        `ValueError`: naming one that some do not know.
+    """
+    size, shared = shared_vocabulary(members)
+    unknown = input_ids[(input_ids >= shared) & (input_ids < size)] if shared < size else ()
+    if len(unknown):
+        raise ValueError(
+            f"The prompt holds token {int(unknown[0])}, but the smallest of the members' vocabularies has {shared} "
+            "tokens: leave out tokens that not all members know."
+        )
+
+
 def check_call(
-    config: EnsembleConfig, generation_config: GenerationConfig, processors: LogitsProcessorList, model_kwargs: dict
+    config: EnsembleConfig,
+    generation_config: GenerationConfig,
+    processors: LogitsProcessorList,
+    input_ids: torch.Tensor,
+    model_kwargs: dict,
 ) -> None:
     """
     Checks that this `generate()` call can be decoded as an ensemble.
@@ -143,8 +181,51 @@ def check_call(
             f"{stateful[0]} keeps state from call to call and must be called once for each token in order, which an "
             f"ensemble does only with EnsembleConfig(speculative=False, combine_on='raw_logits')."
         )
+    _check_cache(generation_config, input_ids, model_kwargs)
     if config.speculative:
         _check_speculative(generation_config, model_kwargs)
+
+
+def check_media(models: list[PreTrainedModel], encoded: dict | None, media: dict, model_kwargs: dict) -> None:
+    """
+    Checks that the assistants and drafters can be given what the main model is given besides text.
+
+    Args:
+        encoded (`dict`, *optional*): What the main model's encoders made of images and videos before the first pass.
+        media (`dict`): The inputs of these encoders.
+        model_kwargs (`dict`): What the main model's `forward` is given.
+
+    Raises:
+        `ValueError`: if a model takes no such inputs, or if they are not known.
+    """
+    if any(value is not None for value in (encoded or {}).values()) and not media:
+        raise ValueError(
+            "The images or videos reached the ensemble only as encoded by the main model, while the assistants need "
+            "their own: call `generate(..., assistant_model=..., ensemble_config=...)` instead of `custom_generate=`."
+        )
+    given = [*media, *(name for name, value in model_kwargs.items() if name in MEDIA and value is not None)]
+    for model in models:
+        unknown = [name for name in given if name not in inspect.signature(model.forward).parameters]
+        if unknown:
+            raise ValueError(
+                f"The main model is given `{unknown[0]}`, which a {type(model).__name__} does not take: all members "
+                "must read the same inputs. Use assistants of the main model's kind, or leave the images out."
+            )
+
+
+def _check_cache(generation_config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict) -> None:
+    """A cache from an earlier call holds some first tokens of the prompt; the assistants read them anew."""
+    cache = model_kwargs.get("past_key_values")
+    held = 0 if cache is None else tokens_held(cache)
+    if not held:
+        return
+    mask = model_kwargs.get("attention_mask")
+    whole = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    if whole != input_ids.shape[1] or held >= whole:
+        raise ValueError(
+            f"`past_key_values` holds {held} tokens, but `input_ids` has {input_ids.shape[1]}: an ensemble needs all "
+            "tokens of the text, those in the cache and at least one more, since the assistants have not seen them."
+        )
 
 
 def _check_speculative(generation_config: GenerationConfig, model_kwargs: dict) -> None:
@@ -159,10 +240,4 @@ def _check_speculative(generation_config: GenerationConfig, model_kwargs: dict) 
         raise ValueError(
             f"`prefill_chunk_size` ({generation_config.prefill_chunk_size}) is not supported by a speculative "
             f"ensemble: leave it out, or use {STANDARD}."
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"`past_key_values` holds {cache.get_seq_length()} tokens, which the assistants have not seen: leave it "
-            f"out, or use {STANDARD}."
         )

@@ -4,6 +4,7 @@ import copy
 import functools
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
@@ -97,13 +98,67 @@ FAMILIES = {
 }
 
 
+def _of(name, config=None, **extra):
+    """A builder for `{name}Config`, or another, and `{name}ForCausalLM`."""
+
+    def build(layers, vocab, spread):
+        config_class = getattr(transformers, config or f"{name}Config")
+        model_class = getattr(transformers, f"{name}ForCausalLM")
+        settings = dict(vocab_size=vocab, num_hidden_layers=layers, initializer_range=spread, **SIZE, **SPECIAL)
+        settings |= {key: value(layers) if callable(value) else value for key, value in extra.items()}
+        return model_class(config_class(**settings))
+
+    return build
+
+
+def _sliding(layers):
+    return (["sliding_attention", "full_attention"] * layers)[:layers]
+
+
+GROUPED = dict(num_key_value_heads=2)
+WINDOWS = dict(sliding_window=SLIDING_WINDOW, **GROUPED)
+
+# Those that are tested less thoroughly than FAMILIES
+MORE_FAMILIES = {
+    "qwen2": _of("Qwen2", **GROUPED),
+    "mistral": _of("Mistral", head_dim=8, **WINDOWS),
+    "gemma2": _of("Gemma2", head_dim=8, layer_types=_sliding, final_logit_softcapping=3.0, **WINDOWS),
+    "phi3": _of("Phi3", **GROUPED),
+    "gpt_neox": _of("GPTNeoX"),
+    "bloom": _of("Bloom", n_layer=lambda n: n, n_head=4),
+    "falcon": _of("Falcon", new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_alibi": _of("Falcon", alibi=True, new_decoder_architecture=False, multi_query=False),
+    "stablelm": _of("StableLm", **GROUPED),
+    "olmo2": _of("Olmo2", **GROUPED),
+    "granite": _of("Granite", logits_scaling=2.0, **GROUPED),
+    "qwen3_moe": _of("Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, **GROUPED),
+    "mpt": _of("Mpt", d_model=32, n_heads=4, n_layers=lambda n: n, max_seq_len=128, use_cache=True),
+    "xglm": _of("XGLM", d_model=32, attention_heads=4, ffn_dim=32, num_layers=lambda n: n, init_std=0.3),
+    "lfm2": _of("Lfm2", layer_types=lambda n: (["full_attention", "conv"] * n)[:n], conv_L_cache=3, **GROUPED),
+    "llama4": _of(
+        "Llama4",
+        "Llama4TextConfig",
+        head_dim=8,
+        attention_chunk_size=SLIDING_WINDOW,
+        layer_types=lambda n: (["chunked_attention", "full_attention"] * n)[:n],
+        intermediate_size_mlp=32,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        **GROUPED,
+    ),
+}  # fmt: skip
+
+# The grouped matmul of experts has no float64, and some masks of padding overflow in it
+IN_FLOAT32 = ("mixtral", "qwen3_moe", "llama4", "gemma2", "bloom", "mpt", "xglm")
+
+
 @functools.cache
 def tiny(family: str = "llama", seed: int = 0, layers: int = 2, vocab: int = VOCAB, spread: float = 0.3):
-    """A tiny random model: float64, but for Mixtral, whose grouped matmul refuses it."""
+    """A tiny random model: float64, but for some families."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = FAMILIES[family](layers, vocab, spread)
-    return model.to(torch.float32 if family == "mixtral" else torch.float64).eval()
+        model = (FAMILIES | MORE_FAMILIES)[family](layers, vocab, spread)
+    return model.to(torch.float32 if family in IN_FLOAT32 else torch.float64).eval()
 
 
 @functools.cache

@@ -419,7 +419,7 @@ REFUSED = {
         "takes two members",
     ),
     "vocabularies": (dict(assistant_model=tiny(vocab=40)), ValueError, r"different vocabularies, of \[50, 40\]"),
-    "encoder-decoder": (dict(assistant_model=t5()), ValueError, "Encoder-decoder members"),
+    "encoder-decoder": (dict(assistant_model=t5()), ValueError, "members of one kind"),
     "stateful": (dict(assistant_model=mamba()), ValueError, "MambaForCausalLM, keeps a recurrent state"),
     "beams": (dict(num_beams=3), ValueError, "`num_beams` = 3.*speculative=False"),
     "attentions": (dict(output_attentions=True, return_dict_in_generate=True), ValueError, "`output_attentions=True`"),
@@ -449,15 +449,6 @@ def test_refused_before_the_first_forward_pass(pair, no_forward, case):
     call = dict(assistant_model=pair[1], ensemble_config=se.EnsembleConfig(), **GREEDY) | kwargs
     with pytest.raises(error, match=message):
         pair[0].generate(**prompts(1), **call)
-
-
-def test_a_cache_with_tokens_is_refused(pair):
-    with torch.no_grad():
-        cache = pair[0](prompts(1)["input_ids"][:, :3]).past_key_values
-    with pytest.raises(ValueError, match="`past_key_values` holds 3 tokens"):
-        pair[0].generate(
-            **prompts(1), past_key_values=cache, assistant_model=pair[1], ensemble_config=ensemble(), **GREEDY
-        )
 
 
 def test_a_static_cache_object_is_refused(pair, no_forward):

@@ -82,7 +82,7 @@ def test_hidden_slots_stay_few():
 
 
 def test_only_growing_caches_roll_back():
-    config = tiny().config
-    assert can_roll_back(DynamicCache(config=config))
-    assert can_roll_back(DynamicCache(config=tiny("gemma3").config))
-    assert not can_roll_back(StaticCache(config=config, max_cache_len=8))
+    model = tiny()
+    assert can_roll_back(model, DynamicCache(config=model.config))
+    assert can_roll_back(model, DynamicCache(config=tiny("gemma3").config))
+    assert not can_roll_back(model, StaticCache(config=model.config, max_cache_len=8))

@@ -1,0 +1,96 @@
+"""What the package needs of transformers beyond its documented interface, checked once, before anything else."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedModel
+
+
+TESTED = ("5.17", "5.23")  # the lowest and the newest version that the tests ran on
+
+# What `generate()` calls to let a model's encoders run: newer versions by the first name, older ones by the second.
+ENCODE = ("_maybe_prepare_encoder_kwargs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation")
+
+# By class, module or function: its attributes; of a function, its parameters and the attributes that it sets or reads.
+HOOKS: dict[str, tuple[str, ...]] = {
+    "transformers:GenerationMixin": (
+        "_sample",
+        "_beam_search",
+        "_supports_logits_to_keep",
+        "_prepare_model_inputs",
+        " or ".join(ENCODE),
+        "_expand_inputs_for_generation",
+        "prepare_inputs_for_generation",
+    ),
+    "transformers:GenerationMixin.generate": ("custom_generate",),
+    "transformers:GenerationMixin._prepare_special_tokens": ("_eos_token_tensor", "_pad_token_tensor"),
+    "transformers:PreTrainedModel": ("_is_stateful",),
+    "transformers:Cache": ("activate_past_recording", "reorder_cache"),
+    "transformers.cache_utils:DynamicLayer": ("crop",),
+    "transformers.cache_utils:CacheLayerMixin.__init__": ("is_initialized",),
+    "transformers.cache_utils:DynamicSlidingWindowLayer.__init__": (
+        "sliding_window",
+        "cumulative_length",
+        "record_past",
+    ),
+    "transformers.cache_utils:LinearAttentionCacheLayerMixin.__init__": ("conv_states", "conv_kernel_size"),
+    "transformers.cache_utils": ("LinearAttentionLayer",),
+    "transformers:EncoderDecoderCache.__init__": ("self_attention_cache", "cross_attention_cache"),
+    "transformers.generation:AssistedCandidateGenerator.__init__": ("assistant_kwargs",),
+    "transformers.generation:CandidateGenerator": ("get_candidates", "update_candidate_strategy"),
+    "transformers.generation.candidate_generator": ("_prepare_token_type_ids",),
+}
+
+
+def missing(hooks: Mapping[str, tuple[str, ...]] = HOOKS) -> Iterator[str]:
+    """Those of the hooks that the installed transformers does not have, by their full names."""
+    for path, names in hooks.items():
+        try:
+            has = _names_in(resolve_name(path))
+        except (ImportError, AttributeError):
+            has = frozenset()
+        yield from (f"{path.replace(':', '.')}: {name}" for name in names if has.isdisjoint(name.split(" or ")))
+
+
+def _names_in(thing: object) -> frozenset[str]:
+    if not inspect.isfunction(thing):
+        return frozenset(dir(thing))
+    code = inspect.unwrap(thing).__code__
+    return frozenset((*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *code.co_names))
+
+
+def check() -> None:
+    """
+    Raises:
+        `ImportError`: if the installed transformers lacks something, with the versions that do not.
+    """
+    lacking = list(missing())
+    if lacking:
+        lowest, newest = TESTED
+        above = f"{newest.split('.')[0]}.{int(newest.split('.')[1]) + 1}"
+        raise ImportError(
+            f"hf_spec_ensemble does not work with transformers {transformers.__version__}, which has no longer, or not "
+            f"yet, what it builds on:\n  {chr(10).join(lacking)}\nIt is tested with transformers {lowest} to {newest}. "
+            f'To get one: pip install "transformers>={lowest},<{above}"'
+        )
+
+
+def encoded(
+    model: PreTrainedModel,
+    inputs_tensor: torch.Tensor,
+    kwargs: dict[str, Any],
+    input_name: str | None,
+    generation_config: GenerationConfig,
+) -> dict[str, Any]:
+    """`kwargs` and, of a model with encoders, what these make of `inputs_tensor` and `kwargs`; as `generate()` does."""
+    encode = getattr(model, ENCODE[0], None)
+    if encode is None and not model.config.is_encoder_decoder:
+        return kwargs  # older versions let the first forward pass encode images
+    return (encode or getattr(model, ENCODE[1]))(inputs_tensor, kwargs, input_name, generation_config)
+
+
+check()
