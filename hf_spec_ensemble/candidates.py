@@ -13,8 +13,9 @@ from .distribution import EnsembleDistribution
 from .drafter import GeneratorDrafter
 from .drawing import Greedy
 from .estimates import PassCosts
-from .member import Member, Placed
+from .member import Member
 from .padded import Ragged, window
+from .placement import Placed
 from .schedule import Schedule, Situation
 
 

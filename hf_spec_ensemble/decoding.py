@@ -4,6 +4,7 @@ the standard ensemble through transformers' own loops."""
 import copy
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapters import all_locks_of
 from .auto import Auto, Memory
+from .cache import can_roll_back, decoder_layers, restored_on_error
 from .candidates import EnsembleCandidateGenerator, assistant_kwargs
 from .config import AUTO, EnsembleConfig
 from .distribution import EnsembleDistribution
@@ -26,7 +28,7 @@ from .drafter import PROMPT_LOOKUP, GeneratorDrafter
 from .drawing import Gumbel, drawing_rule
 from .estimates import Acceptance, PassCosts, pass_costs, remembered
 from .logits_process import EnsembleLogitsProcessor
-from .member import Member, can_roll_back, decoder_layers, restored_on_error
+from .member import Member
 from .output import (
     EnsembleDecoderOnlyOutput,
     EnsembleEncoderDecoderOutput,
@@ -225,9 +227,9 @@ def _output_class(model: PreTrainedModel) -> type:
     return EnsembleEncoderDecoderOutput if model.config.is_encoder_decoder else EnsembleDecoderOnlyOutput
 
 
-def _name(drafter: PreTrainedModel | str | CandidateGenerator | None) -> str | None:
-    """What measurements of a drafter are kept under; a model's are its own."""
-    return drafter if isinstance(drafter, str) or drafter is None else type(drafter).__name__
+def _name(thing: Any) -> str | None:
+    """What measurements of a drafter or a method are kept under, without keeping it; a model's are its own."""
+    return thing if isinstance(thing, str) or thing is None else getattr(thing, "__qualname__", type(thing).__name__)
 
 
 def _schedule(
@@ -244,7 +246,7 @@ def _schedule(
     if lengths is not None:
         return Turns(lengths, roles.first, roles.members, at_once)
     ensemble = (
-        config.method, tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
+        _name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
         config.coupling, config.alternate, do_sample, batch, _name(drafter),
     )  # fmt: skip
     models = [author.model for author in authors if isinstance(author, Member)]

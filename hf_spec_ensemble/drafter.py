@@ -3,7 +3,7 @@
 import torch
 from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
 
-from .member import Stopwatch
+from .stopwatch import Stopwatch
 
 
 PROMPT_LOOKUP = "prompt_lookup"

@@ -7,8 +7,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from .compat import encoded
 from .config import EnsembleConfig
 from .distribution import EnsembleDistribution
-from .member import Member, Stopwatch, device_of
+from .member import Member
+from .placement import device_of
 from .processing import PositionwiseProcessor
+from .stopwatch import Stopwatch
 from .validate import assistant_list, check_members, shared_vocabulary
 
 

@@ -1,27 +1,21 @@
 """Member: one model and its KV cache. Scores tokens, forgets them, knows nothing of the other members."""
 
-import copy
 import inspect
-import time
-from collections import deque
-from collections.abc import Hashable
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
-)
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.generation.candidate_generator import _prepare_token_type_ids
 
 from .adapters import lock_of
+from .cache import cut_to_kernel, cut_to_window, decoder_layers, empty_cache, remove_last, tokens_held
 from .padded import columns, window
-from .snapshots import Snapshots, can_read_on, needs_snapshots
+from .placement import device_of
+from .snapshots import Snapshots, needs_snapshots
+from .stopwatch import Stopwatch
 
 
 # Slots that no row needs any more may make up this share of a cache before it is compacted.
@@ -35,56 +29,6 @@ READ_AGAIN = 4
 
 # Their positions follow from the attention mask, without position ids.
 POSITIONS_FROM_MASK = ("bloom",)
-
-
-class Stopwatch:
-    """
-    Adds up seconds between `start` and `stop`; with device events on a GPU, so that measuring waits for nothing.
-
-    `laps()` gives, once, each measurement with the label given to `stop`, those known by now.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.on_gpu = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: deque[tuple[Hashable, torch.Event, torch.Event]] = deque()
-        self._laps: list[tuple[Hashable, float]] = []
-
-    def start(self) -> None:
-        self._begin = self._record() if self.on_gpu else time.perf_counter()
-
-    def stop(self, label: Hashable = None) -> None:
-        if self.on_gpu:
-            self._events.append((label, self._begin, self._record()))
-        else:
-            self._lap(label, time.perf_counter() - self._begin)
-
-    def laps(self) -> list[tuple[Hashable, float]]:
-        while self._events and self._events[0][2].query():
-            self._take_event()
-        laps, self._laps = self._laps, []
-        return laps
-
-    @property
-    def seconds(self) -> float:
-        while self._events:
-            self._events[0][2].synchronize()
-            self._take_event()
-        return self._seconds
-
-    def _record(self) -> torch.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def _take_event(self) -> None:
-        label, begin, end = self._events.popleft()
-        self._lap(label, begin.elapsed_time(end) / 1000)
-
-    def _lap(self, label: Hashable, seconds: float) -> None:
-        self._seconds += seconds
-        self._laps.append((label, seconds))
 
 
 class Member:
@@ -122,7 +66,7 @@ class Member:
         self.kwargs = {key: value for key, value in kwargs.items() if key not in own}
         self.cache: Cache = kwargs.get(self._cache_name)
         if self.cache is None:
-            self.cache = _empty_cache(model)
+            self.cache = empty_cache(model)
         self.cache.activate_past_recording()  # sliding-window layers keep what a roll-back may need
         self._layers = decoder_layers(self.cache)
 
@@ -144,7 +88,7 @@ class Member:
         self._linear = [layer for layer in self._layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         self._snapshots = Snapshots(self._linear) if needs_snapshots(model) else None
         # A cache made without the model's config holds all tokens in every layer, behind the same masks
-        self._windowed = any(isinstance(x, DynamicSlidingWindowLayer) for x in decoder_layers(_empty_cache(model)))
+        self._windowed = any(isinstance(x, DynamicSlidingWindowLayer) for x in decoder_layers(empty_cache(model)))
 
     @property
     def in_step(self) -> bool:
@@ -309,7 +253,7 @@ class Member:
         if unused:
             for layer in self._layers:
                 if self._snapshots is None or layer not in self._linear:
-                    _remove_last(layer, unused)
+                    remove_last(layer, unused)
             self.visible = self.visible[:, : slots - unused]
 
         needed = int(self.visible.sum(1).max())
@@ -318,9 +262,9 @@ class Member:
             self._compact(needed)
         pending = max(int((self.seen - self.settled).max()), 0)  # a member may lag behind what is settled
         for layer in self._sliding:
-            _cut_to_window(layer, pending)
+            cut_to_window(layer, pending)
         for layer in self._linear:
-            _cut_to_kernel(layer, pending)
+            cut_to_kernel(layer, pending)
 
     @contextmanager
     def _within_windows(self):
@@ -358,109 +302,3 @@ class Member:
                 setattr(layer, name, states.gather(2, spread))
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = length
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its inputs: not always `model.device`, "meta" where accelerate has offloaded weights."""
-    device = model.device
-    if device.type != "meta":
-        return device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (getattr(one, "execution_device", None) for hook in hooks for one in (hook, *getattr(hook, "hooks", ())))
-    return torch.device(next((device for device in devices if device is not None), "meta"))
-
-
-class Placed:
-    """A model with offloaded weights, except that its `device` is where it wants its inputs."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.device = device_of(model)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-
-def _empty_cache(model: PreTrainedModel) -> Cache:
-    """As `generate()` would make it."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not model.config.is_encoder_decoder:
-        return cache
-    return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
-
-
-def decoder_layers(cache: Cache) -> list:
-    """The layers that grow with the text; an encoder's outputs are attended to through others."""
-    return cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
-
-
-def tokens_held(cache: Cache) -> int:
-    """How many tokens a cache has seen; 0 if none of its layers can tell."""
-    return max(
-        (int(layer.get_seq_length()) for layer in decoder_layers(cache) if hasattr(layer, "get_seq_length")), default=0
-    )
-
-
-def _remove_last(layer: DynamicLayer | LinearAttentionLayer, slots: int) -> None:
-    """Removes the last slots of a layer, and no others: some layers' own `crop` also cuts to their window."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for i, states in layer.conv_states.items():
-            layer.conv_states[i] = states[..., :-slots]
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.keys, layer.values = layer.keys[:, :, :-slots], layer.values[:, :, :-slots]
-        layer.cumulative_length -= slots
-    elif isinstance(layer, DynamicLayer) and layer.is_initialized:
-        DynamicLayer.crop(layer, -slots)
-
-
-def _cut_to_window(layer: DynamicSlidingWindowLayer, pending: int) -> None:
-    """Removes slots so old that no window reaches them, even after forgetting `pending` tokens."""
-    if layer.is_initialized:
-        kept = layer.sliding_window - 1 + pending
-        layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
-
-
-def _cut_to_kernel(layer: LinearAttentionLayer, pending: int) -> None:
-    """Removes inputs of a convolution so old that its kernel will not reach them, even after forgetting `pending`."""
-    for i, states in layer.conv_states.items():
-        if states is not None:
-            layer.conv_states[i] = states[..., -(layer.conv_kernel_size[i] + pending) :]
-
-
-@contextmanager
-def restored_on_error(cache: Cache | None):
-    """
-    Leaves a cache as it was given if anything goes wrong, so that the same call may be made again. No tensor is copied:
-    layers that can roll back grow by new ones and never write into those they hold. (Static ones do: not for these.)
-    """
-    caches = [] if cache is None else [cache]
-    if isinstance(cache, EncoderDecoderCache):
-        caches += [cache.self_attention_cache, cache.cross_attention_cache]
-    layers = [layer for one in caches for layer in getattr(one, "layers", ())]
-    # Lists and dicts are written to
-    before = [
-        (vars(thing), {k: copy.copy(v) if isinstance(v, (list, dict)) else v for k, v in vars(thing).items()})
-        for thing in (*caches, *layers)
-    ]
-    try:
-        yield
-    except BaseException:
-        for attributes, given in before:
-            attributes.clear()
-            attributes.update(given)
-        raise
-
-
-def can_roll_back(model: PreTrainedModel, cache: Cache) -> bool:
-    """
-    Whether `Member.forget` works on this cache: full-attention and sliding-window layers that grow, convolutions over
-    the last tokens, and recurrent layers of models that read on from a state.
-    """
-    layers = decoder_layers(cache)
-    grows = isinstance(cache, DynamicCache) or isinstance(getattr(cache, "self_attention_cache", None), DynamicCache)
-    known = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
-    return (
-        grows
-        and (not needs_snapshots(model) or can_read_on(model))
-        and all(type(layer) in known or type(layer).__name__ == "DummyLayer" for layer in layers)
-    )

@@ -9,9 +9,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from .adapters import AdapterView, adds_virtual_tokens
+from .cache import tokens_held
 from .config import EnsembleConfig
 from .drafter import PROMPT_LOOKUP
-from .member import tokens_held
 from .processing import STATEFUL
 from .snapshots import READ_ON, can_read_on, needs_snapshots
 

@@ -88,7 +88,7 @@ def config_of(name: str, n: int, **kwargs) -> EnsembleConfig:
 
 
 @torch.no_grad()
-def next_log_probs(models, ids, mask, name: str, processors=()) -> torch.Tensor:
+def next_log_probs(models, ids, mask, name: str | Method, processors=()) -> torch.Tensor:
     """log r [B, V] of the token that follows `ids` [B, T], where `mask` [B, T] is 0 on left padding."""
 
     def alone(model, row, visible):
@@ -101,10 +101,13 @@ def next_log_probs(models, ids, mask, name: str, processors=()) -> torch.Tensor:
         return scores
 
     logits = torch.stack([torch.stack([alone(m, row, seen) for row, seen in zip(ids, mask)]) for m in models])
-    return METHODS[name].log_r(logits, process)
+    method = name if isinstance(name, Method) else METHODS[name]
+    return method.log_r(logits, process)
 
 
-def greedy(models, inputs, name: str, max_new_tokens: int, processors=(), eos=(EOS,)) -> tuple[torch.Tensor, list]:
+def greedy(
+    models, inputs, name: str | Method, max_new_tokens: int, processors=(), eos=(EOS,)
+) -> tuple[torch.Tensor, list]:
     """Text [B, T] and log r [B, V] of every new token; finished rows are padded."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     done = torch.zeros(len(ids), dtype=torch.bool)

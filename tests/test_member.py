@@ -8,7 +8,8 @@ import torch
 from families import FAMILIES, PAD, VOCAB, prompts, tiny
 from transformers import DynamicCache, StaticCache
 
-from hf_spec_ensemble.member import Member, can_roll_back
+from hf_spec_ensemble.cache import can_roll_back
+from hf_spec_ensemble.member import Member
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import __version__
 from ..demo.__main__ import locate
-from ..member import Stopwatch
+from ..stopwatch import Stopwatch
 from .plan import Condition, Group, Plan, Settings
 from .records import Record, Records
 from .tasks import TASKS
