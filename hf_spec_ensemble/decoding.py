@@ -322,7 +322,11 @@ def _standard(
         model,
         assistants,
         config,
-        process=PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad)),
+        process=PositionwiseProcessor(
+            logits_processor,
+            pad_token_id=0 if pad is None else int(pad),
+            in_order=config.combine_on == "raw_logits",
+        ),
         assistant_kwargs=kwargs_of(assistants),
         normalize=beams > 1,
         form="log_probs" if beams > 1 or generation_config.do_sample or generation_config.output_scores else "scores",
