@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -17,6 +18,7 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -175,6 +177,19 @@ def _related(family: str, n: int, likeness: float, **kwargs) -> list:
 def members(family: str = "llama", n: int = 2, likeness: float = 0.9, **kwargs) -> list:
     """n models of one family, the last being the smallest; the more alike, the more proposals are accepted."""
     return list(_related(family, n, likeness, **kwargs))
+
+
+def alike(build: Callable[[], PreTrainedModel], n: int = 3, likeness: float = 0.9) -> list:
+    """n models of any kind in float64, drawn towards the first."""
+    models = []
+    for seed in range(n):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            models.append(build().to(torch.float64).eval())
+        with torch.no_grad():
+            for parameter, first in zip(models[-1].parameters(), models[0].parameters()):
+                parameter.lerp_(first, likeness)
+    return models
 
 
 def prompts(batch: int, length: int = 7, vocab: int = VOCAB, seed: int = 0) -> dict[str, torch.Tensor]:

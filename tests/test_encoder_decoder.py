@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from families import BOS, EOS, PAD, SPECIAL, VOCAB, prompts, tiny
+from families import BOS, EOS, PAD, SPECIAL, VOCAB, alike, prompts, tiny
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -49,16 +49,7 @@ MEL = dict(bins=8, frames=40)
 
 @functools.cache
 def _members(family: str) -> list:
-    """Three models that often agree."""
-    models = []
-    for seed in range(3):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            models.append(MODELS[family]().to(torch.float64).eval())
-        with torch.no_grad():
-            for parameter, first in zip(models[-1].parameters(), models[0].parameters()):
-                parameter.lerp_(first, 0.9)
-    return models
+    return alike(MODELS[family], likeness=0.9)
 
 
 def members(family: str) -> list:

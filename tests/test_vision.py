@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from families import PAD, SPECIAL, VOCAB, prompts, tiny
+from families import PAD, SPECIAL, VOCAB, alike, prompts, tiny
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -62,15 +62,7 @@ MODELS = {"llava": _llava, "gemma3": _gemma3}
 
 @functools.cache
 def _members(family: str) -> list:
-    models = []
-    for seed in range(3):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            models.append(MODELS[family]().to(torch.float64).eval())
-        with torch.no_grad():
-            for parameter, first in zip(models[-1].parameters(), models[0].parameters()):
-                parameter.lerp_(first, 0.8)
-    return models
+    return alike(MODELS[family], likeness=0.8)
 
 
 def members(family: str) -> list:
