@@ -12,6 +12,7 @@ from .decoding import ensemble_decoding
 from .integration import disable, enable
 from .logits_process import EnsembleLogitsProcessor
 from .output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOutput, EnsembleStats
+from .trace import Trace
 
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "EnsembleEncoderDecoderOutput",
     "EnsembleLogitsProcessor",
     "EnsembleStats",
+    "Trace",
     "disable",
     "enable",
     "ensemble_decoding",

@@ -17,6 +17,7 @@ from .member import Member
 from .padded import Ragged, window
 from .placement import Placed
 from .schedule import Schedule, Situation
+from .trace.recorder import NoRecord
 
 
 def assistant_kwargs(
@@ -64,14 +65,15 @@ class Candidates:
     Positions that every member has scored, ready to be verified. Row b has `proposed[b]` proposals; where `drawable[b]`
     the next position is scored as well, and a token can be drawn from r there.
 
-    `tokens` `[B, K]`; `r` `[B, K, V]` and `q` `[B, K, V]` in the form of the drawing rule, `q` only if that needs it;
-    `log_r` `[B, K, V]` and `logits` `[B, K, V]`, the main model's, only if they are to be kept; `proposed`, `drawable`
-    numpy `[B]`.
+    `tokens` `[B, K]`; `r` `[B, K, V]` in the form of the drawing rule; `q` `[B, K, V]` only if that needs it or if a
+    trace is recorded, and then as probabilities, as `probs` `[B, K, V]`, which are r's; `log_r` `[B, K, V]` and
+    `logits` `[B, K, V]`, the main model's, only if they are to be kept; `proposed`, `drawable` numpy `[B]`.
     """
 
     tokens: torch.Tensor
     r: torch.Tensor
     q: torch.Tensor | None
+    probs: torch.Tensor | None
     log_r: torch.Tensor | None
     logits: torch.Tensor | None
     proposed: np.ndarray
@@ -101,6 +103,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         max_length (`int`): Tokens of the longest text allowed, prompt included.
         stop_tokens (`Collection[int]`): Tokens after which nothing is proposed.
         keep_scores, keep_logits (`bool`): Whether candidates carry log r and the main model's raw logits.
+        recorder (`Recorder`, *optional*): Told what happens, for a trace.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         stop_tokens: Collection[int] = (),
         keep_scores: bool = False,
         keep_logits: bool = False,
+        recorder: NoRecord | None = None,
     ):
         # Not the parent's: that prepares one assistant for its own `generate()`; see `assistant_kwargs`
         self.members = members
@@ -143,6 +147,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.q = Ragged(batch)
         self.logits = Ragged(batch)
         self.keep_scores, self.keep_logits = keep_scores, keep_logits
+        self.recorder = recorder or NoRecord()
+        self.keep_q = drawing.needs_q or recorder.on
         self.pending: list[list[tuple[int, float]]] = [[] for _ in range(batch)]  # author and confidence of proposals
         self.drawn: list[list[int]] = [[] for _ in range(batch)]  # and which they are
         self.prompt_seconds = 0.0  # inside the authors' passes over the prompts
@@ -180,6 +186,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         gained, falls = self._align(accepted + emits, emits) if self.in_step else (accepted + emits, emits)
         kept = np.minimum(accepted, gained)
         emits = gained > kept
+        if self.recorder.on:
+            acceptance = self.drawing.acceptance(candidates.tokens, candidates.q, candidates.r)
+            self.recorder.verified(self.verified, candidates, acceptance, kept, gained, tokens, falls)
         for i in range(len(self.models), len(self.authors)):
             for b, (n, token) in enumerate(zip(kept.tolist(), tokens.tolist())):
                 self._learn(i, b, n, [token] if emits[b] else [], bool(falls[b]))
@@ -251,13 +260,14 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         have = self._scored(author.seen)
         width = self.schedule.width(self.current, max(lag)) if author.passes else 0
         logits = self.distribution.align(author.score(self.ids, np.maximum(self._readable(), author.seen), width))
-        self._take_time(self.current)
         late = np.maximum(self.verified - first, 0)  # what a drafter missed needs no scores any more
         unwanted = int(late.min())
         first, late, logits = first + unwanted, late - unwanted, logits[:, unwanted:]
         count = np.maximum(author.seen + 1 - first, 0) * (np.array(lag) > 0)
         evidence = self.distribution.evidence(logits, self.ids, first, count)
         added = np.maximum(count - late, 0)
+        self.recorder.ran(self.current, first + late, added)
+        self._take_time(self.current)
         self.evidence[self.current].put(have, evidence, late, added)
         if self.keep_logits and self.current == 0:
             self.logits.put(have, logits, late, added)
@@ -277,8 +287,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         if not self.schedule.proposes(self._situation(), confidence):
             return
         self._put(tokens, np.flatnonzero(rows), self.total)
-        if self.drawing.needs_q:
-            self.q.put(pending, q, np.zeros_like(pending), rows.astype(int))
+        if self.keep_q:
+            self.q.put(pending, self.distribution.probs(q, form), np.zeros_like(pending), rows.astype(int))
         self._note(i, confidence, [[int(token)] if row else [] for token, row in zip(drawn, rows.tolist())])
 
     def _draft(self, i: int) -> None:
@@ -296,6 +306,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             shortest = min(len(drafts[row]) for row in np.flatnonzero(self._open()).tolist())
             drafts = [tokens[:shortest] for tokens in drafts]
         drafter.stopwatch.stop(1)
+        self.recorder.ran(i)
         self._take_time(i)
 
         trust = [drafter.trust[row] if drafts[row] else None for row in range(batch)]
@@ -309,12 +320,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             return
         added = np.array([len(tokens) for tokens in drafts])
         tokens = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in drafts], device=self.ids.device)
-        if self.drawing.needs_q:
+        if self.keep_q:
             dtype = torch.promote_types(self.members[0].model.dtype, torch.float32)
             q = torch.zeros(batch, longest, self.distribution.width, dtype=dtype, device=self.ids.device)
             q.scatter_(2, tokens[:, :, None], 1.0)  # certain
             for row, given in enumerate(logits):
-                if given is not None and added[row]:
+                if self.drawing.needs_q and given is not None and added[row]:
                     q[row, : added[row]] = self.distribution.align(given[: added[row]]).softmax(-1)
             self.q.put(self.total - self.verified, q, np.zeros_like(added), added)
         for j in range(longest):
@@ -324,11 +335,18 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     def _take_time(self, i: int) -> None:
         """Passes on how long author i took."""
         for width, seconds in self.authors[i].stopwatch.laps():
+            self.recorder.timed(i, width, seconds)
             if width is None:  # the prompt's pass is no measure for the others
                 self.prompt_seconds += seconds
             else:
                 self.costs[i].add(len(self.ids), width, seconds)
                 self.schedule.ran(i, seconds)
+
+    def take_all_times(self) -> None:
+        """Passes on how long everything took, waiting for what is still under way."""
+        for i, author in enumerate(self.authors):
+            author.stopwatch.wait()
+            self._take_time(i)
 
     def _note(self, i: int, confidence: Sequence[float | None], drawn: list[list[int]]) -> None:
         """Takes up the proposals of author i: so many tokens of each row that all have its confidence there."""
@@ -338,6 +356,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         added = np.array([len(tokens) for tokens in drawn])
         self.total = self.total + added
         self.proposed[i] += int(added.sum())
+        self.recorder.proposed(i, self.turn, added)
         self._seal(added > 0, [tokens[-1] if tokens else -1 for tokens in drawn])
 
     def _put(self, tokens: torch.Tensor, rows: np.ndarray, where: np.ndarray) -> None:
@@ -363,13 +382,16 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         form = self.drawing.form
         log_r = self.distribution.target(evidence, *position, "log_probs") if self.keep_scores else None
         r = log_r.exp() if self.keep_scores and form == "probs" else self.distribution.target(evidence, *position, form)
-        q = None
-        if self.drawing.needs_q:
+        q = probs = None
+        if self.recorder.on:
+            probs = self.distribution.probs(r, form)
+        if self.keep_q:
             q = self.q.window(start, width) if proposed.any() else r
         return Candidates(
             tokens=window(self.ids, self.verified, width),
             r=r,
             q=q,
+            probs=probs,
             log_r=log_r,
             logits=self.logits.window(start, width) if self.keep_logits else None,
             proposed=proposed,

@@ -78,6 +78,9 @@ class EnsembleConfig:
             `num_assistant_tokens` are given.
         speculative (`bool`, defaults to `True`):
             `False` decodes the standard ensemble: every member, token by token.
+        trace (`bool`, defaults to `False`):
+            Whether to record who proposed every token and what became of it: `generate(..., tokenizer=tokenizer,
+            return_dict_in_generate=True).trace`, a `Trace`. Of the speculative ensemble only.
 
     Raises:
         `ValueError` or `TypeError`: naming the field, its value and what is allowed.
@@ -102,6 +105,7 @@ class EnsembleConfig:
     alternate: bool = True
     coupling: str = "gumbel"
     speculative: bool = True
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.method) and self.method not in METHODS:
@@ -112,7 +116,7 @@ class EnsembleConfig:
             raise ValueError(f"`combine_on` must be one of {COMBINE_ON}, but is {self.combine_on!r}.")
         if self.coupling not in COUPLINGS:
             raise ValueError(f"`coupling` must be one of {COUPLINGS}, but is {self.coupling!r}.")
-        for name in ("alternate", "speculative"):
+        for name in ("alternate", "speculative", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
         if not _is_number(self.contrast) or self.contrast < 0:

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation import (
     CandidateGenerator,
     EosTokenCriteria,
@@ -40,6 +46,8 @@ from .processing import PositionwiseProcessor
 from .roles import Roles
 from .schedule import Schedule, Turns
 from .theory import predict
+from .trace import Trace
+from .trace.recorder import NoRecord, Recorder
 from .validate import (
     STANDARD,
     assistant_list,
@@ -67,6 +75,7 @@ def ensemble_decoding(
     drafter: PreTrainedModel | str | CandidateGenerator | None = None,
     inputs_tensor: torch.Tensor | None = None,
     media: dict[str, torch.Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **model_kwargs,
 ) -> EnsembleDecoderOnlyOutput | EnsembleEncoderDecoderOutput | torch.LongTensor:
     r"""
@@ -85,6 +94,8 @@ def ensemble_decoding(
         media (`dict[str, torch.Tensor]`, *optional*):
             The images and videos that `generate()` was given, for the assistants: of the main model's it passes on only
             what its encoders made of them. `generate(ensemble_config=...)` sees to that.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Of the members, for the text of a trace.
 
     Returns:
         `torch.LongTensor` `[B, T]`, or with `return_dict_in_generate=True` an `EnsembleDecoderOnlyOutput` or
@@ -124,10 +135,13 @@ def ensemble_decoding(
 
     decode = _speculative if config.speculative else _standard
     with restored_on_error(model_kwargs.get("past_key_values")):
-        return decode(
+        output = decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
             drafter, config, kwargs_of, model_kwargs,
         )  # fmt: skip
+    if tokenizer is not None and isinstance(getattr(output, "trace", None), Trace):  # a tensor has a `trace` too
+        output.trace = output.trace.with_tokenizer(tokenizer)
+    return output
 
 
 def _speculative(
@@ -166,6 +180,7 @@ def _speculative(
     output_logits = bool(output_dict and generation_config.output_logits)
 
     process = PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad))
+    recorder = Recorder(input_ids, len(models)) if config.trace else NoRecord()
     candidates_of = EnsembleCandidateGenerator(
         members,
         authors[roles.members :],
@@ -178,6 +193,7 @@ def _speculative(
         stop_tokens=generation_config._eos_token_tensor.tolist() if has_eos else (),
         keep_scores=output_scores,
         keep_logits=output_logits,
+        recorder=recorder,
     )
     transcript = Transcript(input_ids, stopping_criteria, streamer, pad, output_scores, output_logits)
     prompt_length = input_ids.shape[1]
@@ -205,7 +221,7 @@ def _speculative(
     if not output_dict:
         return transcript.sequences
     stats = EnsembleStats(
-        new_tokens=transcript.new_tokens,
+        new_tokens=int(transcript.lengths.sum()),
         forward_passes=roles.in_callers_order(author.passes for author in authors),
         proposed=roles.in_callers_order(candidates_of.proposed),
         verified=roles.in_callers_order(candidates_of.judged),
@@ -214,12 +230,19 @@ def _speculative(
         seconds=seconds,
         predicted_speedup=_predicted_speedup(schedule.turns, candidates_of, transcript.sequences.shape),
     )
+    trace = None
+    if config.trace:
+        candidates_of.take_all_times()
+        rule = config.coupling if generation_config.do_sample else "greedy"
+        names = _names([*models, *([] if drafter is None or is_model(drafter) else [drafter])])
+        trace = recorder.trace(names, roles.order, roles.members, transcript.lengths, seconds, rule)
     return _output_class(model)(
         sequences=transcript.sequences,
         scores=transcript.scores,
         logits=transcript.logits,
         past_key_values=cache,
         stats=stats,
+        trace=trace,
     )
 
 
@@ -230,6 +253,13 @@ def _output_class(model: PreTrainedModel) -> type:
 def _name(thing: Any) -> str | None:
     """What measurements of a drafter or a method are kept under, without keeping it; a model's are its own."""
     return thing if isinstance(thing, str) or thing is None else getattr(thing, "__qualname__", type(thing).__name__)
+
+
+def _names(authors: list) -> list[str]:
+    """What a person calls models and drafters, each different."""
+    names = [getattr(getattr(author, "config", None), "_name_or_path", None) or _name(author) for author in authors]
+    names = [name.rstrip("/").split("/")[-1] for name in names]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _schedule(
@@ -307,6 +337,8 @@ def _standard(
     model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
     drafter, config, kwargs_of, model_kwargs,
 ):  # fmt: skip
+    if config.trace:
+        warn_once("`trace=True` records what a speculative ensemble does; the standard ensemble leaves no trace.")
     beams = generation_config.num_beams or 1
     shares_noise = generation_config.do_sample and config.coupling == "gumbel" and beams == 1
     if drafter is not None:

@@ -53,9 +53,13 @@ class EnsembleDistribution:
         """q = softmax(process(logits)) of one member, `[B, K, V]`, from its evidence; `form` as for `target`."""
         return self._as(form, self.process(evidence, ids, first, count) if self.on_raw_logits else evidence)
 
+    def probs(self, values: torch.Tensor, form: str) -> torch.Tensor:
+        """q or r `[..., V]`, given in the form `"probs"` or `"scores"`, as probabilities."""
+        return values if form == "probs" or self.on_probs else values.softmax(-1)
+
     def top_prob(self, values: torch.Tensor, form: str) -> torch.Tensor:
         """The probability `[...]` of the most probable token of q `[..., V]`, given in this form."""
-        return (values if form == "probs" or self.on_probs else values.softmax(-1)).amax(-1)
+        return self.probs(values, form).amax(-1)
 
     def target(self, evidence: Sequence[torch.Tensor], ids, first, count, form: str) -> torch.Tensor:
         """

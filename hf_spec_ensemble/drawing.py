@@ -6,6 +6,8 @@ Each rule is an object with
 - `propose(q [B, V], position [B]) -> tokens [B]`,
 - `verify(tokens [B, K], q [B, K, V], r [B, K, V], proposed [B], position [B]) -> accepted [B], emitted [B]` as in
   `verify.verify_maximal`; q only where `needs_q`,
+- `acceptance(tokens [B, K], q [B, K, V], r [B, K, V]) -> [B, K]`: how probable it was, before the verification's draws
+  and given the proposal, that this is kept; q always probabilities,
 
 where `proposed` and `position`, the number of tokens generated before the (first) one in question, are numpy integers.
 """
@@ -13,7 +15,7 @@ where `proposed` and `position`, the number of tokens generated before the (firs
 import numpy as np
 import torch
 
-from .verify import draw, exponential_noise, verify_match, verify_maximal
+from .verify import acceptance_probs, draw, exponential_noise, shared_noise_acceptance, verify_match, verify_maximal
 
 
 KEPT = 16  # positions whose noise is kept; what is needed again later is made again
@@ -30,6 +32,9 @@ class Greedy:
 
     def verify(self, tokens, q, r, proposed, position):
         return verify_match(tokens, r.argmax(-1), proposed)
+
+    def acceptance(self, tokens, q, r):
+        return (tokens == r.argmax(-1)).to(q.dtype)
 
 
 class Gumbel:
@@ -50,6 +55,9 @@ class Gumbel:
         noise = [self._noise_at(position + j, r[:, j]) for j in range(r.shape[1])]
         target = torch.stack([(r[:, j] / noise[j]).argmax(-1) for j in range(r.shape[1])], dim=1)
         return verify_match(tokens, target, proposed)
+
+    def acceptance(self, tokens, q, r):
+        return shared_noise_acceptance(tokens, q, r)
 
     def _noise_at(self, position: np.ndarray, like: torch.Tensor) -> torch.Tensor:
         """The noise `[B, V]` of one position in each row."""
@@ -82,6 +90,9 @@ class Maximal:
     def verify(self, tokens, q, r, proposed, position):
         uniforms = self._uniforms(r, len(tokens), tokens.shape[1] + 1)
         return verify_maximal(tokens, q, r, proposed, uniforms)
+
+    def acceptance(self, tokens, q, r):
+        return acceptance_probs(tokens, q, r)
 
     def _uniforms(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         dtype = torch.float32 if like.device.type == "mps" else torch.float64

@@ -77,7 +77,8 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
     if arguments.pop("assistant_tokenizer", None) is not None:
         raise ValueError("`assistant_tokenizer` is not supported with `ensemble_config`: members share one tokenizer.")
 
-    _move_stop_strings(model, arguments)
+    tokenizer = arguments.pop("tokenizer", None)
+    _move_stop_strings(model, arguments, tokenizer)
     arguments["custom_generate"] = functools.partial(
         ensemble_decoding,
         assistant_models=assistants,
@@ -88,15 +89,15 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
             for name, value in arguments.items()
             if isinstance(value, torch.Tensor) and name not in ("inputs", "input_ids")
         },
+        tokenizer=tokenizer,
         streamer=arguments.get("streamer"),
         synced_gpus=bool(arguments.get("synced_gpus")),
     )
     return arguments
 
 
-def _move_stop_strings(model, arguments: dict[str, Any]) -> None:
+def _move_stop_strings(model, arguments: dict[str, Any], tokenizer) -> None:
     """Turns `stop_strings`, wherever they are set, into a stopping criterion: a callable is not given the tokenizer."""
-    tokenizer = arguments.pop("tokenizer", None)
     given = arguments.get("generation_config")
     stop_strings = arguments.get("stop_strings")
     if stop_strings is None and given is not None:

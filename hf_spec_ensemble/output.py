@@ -7,6 +7,8 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from .trace import Trace
+
 
 @dataclass
 class EnsembleStats:
@@ -59,7 +61,7 @@ class EnsembleStats:
 @dataclass
 class EnsembleDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     """
-    `GenerateDecoderOnlyOutput` and `stats`.
+    `GenerateDecoderOnlyOutput`, `stats`, and `trace` where `EnsembleConfig(trace=True)` asks for one.
 
     `scores` are the log-probabilities of the distribution r that each token was drawn from, `logits` the main model's
     raw logits; for a row that has finished they give its padding token probability one. `past_key_values` is the main
@@ -68,17 +70,18 @@ class EnsembleDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     """
 
     stats: EnsembleStats | None = None
+    trace: Trace | None = None
 
 
 class EnsembleEncoderDecoderOutput(GenerateEncoderDecoderOutput):
     """
-    `GenerateEncoderDecoderOutput` and `stats`, as in `EnsembleDecoderOnlyOutput`. Here `stats` is an attribute and no
-    item: Whisper's `generate` takes all items apart into rows.
+    `GenerateEncoderDecoderOutput`, `stats` and `trace`, as in `EnsembleDecoderOnlyOutput`. Here these are attributes
+    and no items: Whisper's `generate` takes all items apart into rows.
     """
 
-    def __init__(self, *args, stats: EnsembleStats | None = None, **kwargs):
+    def __init__(self, *args, stats: EnsembleStats | None = None, trace: Trace | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.stats = stats
+        self.stats, self.trace = stats, trace
 
 
 def pads_finished_rows(stopping_criteria: StoppingCriteriaList) -> bool:
@@ -109,7 +112,7 @@ class Transcript:
         self.pad = pad_token_id if pads_finished_rows(stopping_criteria) else None
         self.scores = () if output_scores else None  # one tensor [B, V] a column
         self.logits = () if output_logits else None
-        self.new_tokens = 0
+        self.lengths = np.zeros(len(prompt), int)  # [B]: tokens committed of texts that had not finished
         self._rows: dict[str, list[list[torch.Tensor]]] = {
             name: [[] for _ in prompt] for name in ("scores", "logits") if getattr(self, name) is not None
         }
@@ -139,7 +142,7 @@ class Transcript:
             if self.pad is not None and not self.unfinished.all():
                 going_on = torch.from_numpy(self.unfinished).to(tokens.device)
                 tokens = torch.where(going_on, tokens, self.pad.to(tokens.device))
-            self.new_tokens += int(self.wanted.sum())
+            self.lengths = self.lengths + self.wanted
             self._keep(tokens)
             self.sequences = torch.cat([self.sequences, tokens[:, None]], dim=1)
             done = self.stopping_criteria(self.sequences, self.scores)

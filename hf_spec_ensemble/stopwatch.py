@@ -38,10 +38,14 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
+        self.wait()
+        return self._seconds
+
+    def wait(self) -> None:
+        """Until all that was measured is known."""
         while self._events:
             self._events[0][2].synchronize()
             self._take_event()
-        return self._seconds
 
     def _record(self) -> torch.Event:
         event = torch.cuda.Event(enable_timing=True)

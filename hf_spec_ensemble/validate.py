@@ -158,6 +158,8 @@ def check_call(
     Raises:
         `ValueError`: naming the argument, and what to do.
     """
+    if config.trace and config.speculative and not generation_config.return_dict_in_generate:
+        raise ValueError("`trace=True` needs `return_dict_in_generate=True`: the trace is an attribute of the output.")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, None):
             raise ValueError(f"`{name}=True` is not supported with an ensemble: leave it out.")

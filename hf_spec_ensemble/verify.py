@@ -45,6 +45,22 @@ def acceptance_probs(tokens: torch.Tensor, q: torch.Tensor, r: torch.Tensor) -> 
     return (r.gather(-1, index) / q.gather(-1, index)).squeeze(-1).clamp(max=1)
 
 
+def shared_noise_acceptance(tokens: torch.Tensor, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """
+    The probability that x = argmax(log q + g) is also argmax(log r + g): 1 / sum_y max(q(y), r(y) q(x) / r(x)), from
+    the joint distribution of two draws with the same noise (Daliri et al., arXiv 2408.07978).
+
+    Args:
+        tokens (`torch.LongTensor` `[B, K]`), q, r (`torch.Tensor` `[B, K, V]`): As in `acceptance_probs`.
+
+    Returns:
+        `torch.Tensor` `[B, K]`.
+    """
+    index = tokens.unsqueeze(-1)
+    q_x, r_x = q.gather(-1, index), r.gather(-1, index)
+    return (r_x / torch.maximum(r_x * q, q_x * r).sum(-1, keepdim=True)).squeeze(-1)
+
+
 def residual_probs(q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """
     norm(max(0, r - q)), what replaces a rejected proposal; r itself where the difference rounds to nothing (q = r to

@@ -1,0 +1,140 @@
+"""A trace as HTML for notebooks: the text, marked by who proposed it, with a legend. Everything that comes from models
+or files is escaped; nothing is loaded and no script runs."""
+
+from html import escape
+from itertools import count
+
+from .data import TokenTrace, Trace
+
+
+# Okabe and Ito's colours, told apart with every kind of colour vision, and a line style for those who see none
+COLOURS = ("0,114,178", "230,159,0", "0,158,115", "204,121,167", "213,94,0", "86,180,233")
+LINES = ("solid", "dashed", "dotted", "double", "wavy")
+LONGEST = 4000  # tokens of a row that are shown
+
+_number = count()  # of the traces shown: styles must not leak from one to another
+
+# Colours are laid over the page's own, so that they suit light and dark themes alike
+STYLE = """
+#ID{font-family:system-ui,sans-serif;font-size:14px;line-height:1.5;color:inherit;max-width:60em}
+#ID p{margin:.4em 0}
+#ID .text{white-space:pre-wrap;overflow-wrap:anywhere;line-height:2;font-size:15px;padding:.3em .7em;
+ border:1px solid rgba(128,128,128,.4);border-radius:6px}
+#ID .text span{text-decoration-thickness:2px;text-underline-offset:4px;border-radius:3px;padding:1px 0;cursor:default}
+#ID .text span:hover,#ID .text span:focus{outline:2px solid currentColor;position:relative}
+#ID .text span:hover::after,#ID .text span:focus::after{content:attr(data-why);position:absolute;left:0;top:1.9em;
+ z-index:9;width:max-content;max-width:30em;white-space:pre-wrap;padding:.4em .7em;border-radius:6px;
+ background:#222;color:#fff;border:1px solid #888;font:13px/1.45 system-ui,sans-serif}
+#ID .fix{border:1.5px solid currentColor;margin:0 1px}
+#ID .fix::before{content:"\\2717";font-size:.75em;margin:0 2px;opacity:.8}
+#ID .end{opacity:.55}
+#ID table{border-collapse:collapse;margin:.4em 0;color:inherit;font-size:13px}
+#ID td,#ID th{padding:.15em .8em;text-align:right;background:none;color:inherit;border:0}
+#ID th{font-weight:600;border-bottom:1px solid rgba(128,128,128,.5)}
+#ID td:first-child,#ID th:first-child{text-align:left}
+#ID td i{font-style:normal;padding:0 .4em;border-radius:3px;text-decoration-thickness:2px;text-underline-offset:4px}
+#ID .note{opacity:.75;font-size:13px}
+"""
+
+
+def html_of(trace: Trace) -> str:
+    """The HTML of a trace, for a cell's output or a page of one's own."""
+    id_ = f"ensemble-trace-{next(_number)}"
+    marks = "".join(
+        f"#{id_} .a{author}{{background:rgba({COLOURS[author % len(COLOURS)]},.25);"
+        f"text-decoration-line:underline;text-decoration-style:{LINES[author % len(LINES)]};"
+        f"text-decoration-color:rgb({COLOURS[author % len(COLOURS)]})}}\n"
+        for author in range(len(trace.authors))
+    )
+    style = STYLE.replace("#ID", f"#{id_}") + marks
+    rows = "".join(_row(trace, b) for b in range(len(trace.rows)))
+    return f'<div id="{id_}"><style>{style}</style>{_headline(trace)}{rows}{_legend(trace)}</div>'
+
+
+def _headline(trace: Trace) -> str:
+    tokens, passes = len(trace.tokens), trace.forward_passes
+    longest = max(map(len, trace.rows), default=0)  # a pass serves all rows
+    return (
+        f"<p><b>{tokens} tokens</b> in {trace.rounds} rounds of verification and {trace.seconds:.2f} s, with "
+        f"<b>{passes} forward passes</b> where the standard ensemble takes {trace.members * longest}</p>"
+    )
+
+
+def _row(trace: Trace, b: int) -> str:
+    shown = "".join(_token(trace, token) for token in trace.rows[b][:LONGEST])
+    if len(trace.rows[b]) > LONGEST:
+        shown += f'<span class="end"> ... and {len(trace.rows[b]) - LONGEST} more tokens</span>'
+    caption = f'<p class="note">Row {b}</p>' if len(trace.rows) > 1 else ""
+    return f'{caption}<div class="text">{shown}</div>'
+
+
+def _token(trace: Trace, token: TokenTrace) -> str:
+    kinds = {"accepted": f"a{token.draft.author}" if token.draft else "", "corrected": "fix", "drawn": "drawn"}
+    text = _visible(token.text, token.token).replace("\n", "\u21b5\n")
+    said = _quoted(why(trace, token))
+    return f'<span class="{kinds[token.outcome]}" tabindex="0" data-why="{said}">{_safe(text)}</span>'
+
+
+def why(trace: Trace, token: TokenTrace) -> str:
+    """What happened at a token, in words."""
+    this, draft = f"\u201c{_visible(token.text, token.token)}\u201d", token.draft
+    passes = ", ".join(f"{trace.authors[trace.passes[i].author]} #{i + 1}" for i in token.passes)
+    where = f"\nThe ensemble gives {this} {token.probability:.1%}.\nRound {token.round}; passes: {passes}."
+    if draft is None:
+        return f"{this} drawn from the ensemble: every member had scored this position.{where}"
+    author = trace.authors[draft.author]
+    if token.outcome == "accepted":
+        given = "" if trace.rule == "greedy" else f" It had a chance of {draft.acceptance:.0%}."
+        return f"{this} proposed by {author} (no. {draft.place} of its turn, {draft.q:.1%}) and accepted.{given}{where}"
+    other = f"\u201c{_visible(draft.text, draft.token)}\u201d"
+    reason = (
+        "the ensemble's most probable token is another"
+        if trace.rule == "greedy"
+        else f"{other} had a chance of {draft.acceptance:.0%} to be accepted"
+    )
+    return (
+        f"Corrected: {author} proposed {other} (no. {draft.place} of its turn), to which it gives {draft.q:.1%} and "
+        f"the ensemble {draft.r:.1%}. Rejected: {reason}. {this} came in its place.{where}"
+    )
+
+
+def _legend(trace: Trace) -> str:
+    tokens = trace.tokens
+    lines = []
+    for author, name in enumerate(trace.authors):
+        counts, seconds = trace.counts_of(author), trace.seconds_of(author)
+        share = f"{counts['accepted'] / counts['verified']:.0%}" if counts["verified"] else "-"
+        cells = [counts["accepted"], f"{counts['accepted']} of {counts['verified']}", share, counts["passes"]]
+        cells.append(_time(seconds, trace.seconds))
+        lines.append([f'<i class="a{author}">proposed by {_safe(name)}</i>', *cells])
+    for kind, mark, what in (("corrected", "fix", "corrected: drawn in place of a rejected proposal"),
+                             ("drawn", "drawn", "drawn from the ensemble without a proposal")):  # fmt: skip
+        number = sum(token.outcome == kind for token in tokens)
+        if number:
+            lines.append([f'<i class="{mark}">{what}</i>', number, "", "", "", ""])
+    lines.append(["outside the passes", "", "", "", "", _time(trace.overhead, trace.seconds)])
+    head = ["", "tokens", "accepted", "", "passes", "seconds"]
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
+    note = "Point at a token, or move to it with the Tab key, to see what happened there."
+    if any(token.text is None for token in tokens):
+        note += " For text in place of token numbers: trace.with_tokenizer(tokenizer)."
+    header = "".join(f"<th>{cell}</th>" for cell in head)
+    return f'<table><tr>{header}</tr>{body}</table><p class="note">{note}</p>'
+
+
+def _time(seconds: float, total: float) -> str:
+    return f"{seconds:.2f} ({seconds / total if total else 0:.0%})"
+
+
+def _visible(text: str | None, token: int) -> str:
+    """A token's text, or something to see where it has none."""
+    return f"[{token}]" if text is None else text or "\u25ab"
+
+
+def _safe(text: str) -> str:
+    # A model's control characters could hide or reorder what follows them
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "\u25ab" for c in text))
+
+
+def _quoted(text: str) -> str:
+    return _safe(text).replace("\n", "&#10;")
