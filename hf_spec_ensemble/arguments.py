@@ -1,9 +1,13 @@
-"""The config's fields on a command line, for the package's programs."""
+"""What the package's programs share: the config's fields on a command line, names of models, prompts."""
 
 import argparse
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import BatchEncoding
+
 from .config import COMBINE_ON, COUPLINGS, METHODS, EnsembleConfig
+from .demo import FAMILY
 
 
 FIELDS = ("method", "weights", "contrast", "plausibility", "combine_on", "coupling")
@@ -33,3 +37,16 @@ def config_of(given: dict[str, Any], **more: Any) -> EnsembleConfig:
         `ValueError`, `TypeError`: as `EnsembleConfig` does.
     """
     return EnsembleConfig(**{name: given.pop(name) for name in FIELDS}, **more)
+
+
+def locate(name: str) -> str:
+    """The folder of an embedded model, or the name as it is."""
+    return str(FAMILY / name) if name in ("reader", "solver", "draft") else name
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
+    """The prompt as the models expect it: through the chat template if there is one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import __version__
-from ..demo.__main__ import locate
+from ..arguments import locate
 from ..stopwatch import Stopwatch
 from .plan import Condition, Group, Plan, Settings
 from .records import Record, Records

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from ..arguments import locate
 from ..config import EnsembleConfig
-from ..demo.__main__ import locate
 from .sandbox import can_run
 from .tasks import TASKS, Row, encode, load_rows
 from .variants import STANDARD, TAKE_LENGTHS, Variant, parse
@@ -84,7 +84,7 @@ class Settings:
         """What all records of a file have in common; tasks, variants and the like may be added to it."""
         return {
             "members": self.members,
-            "config": self.config.to_dict(),
+            "config": {name: value for name, value in self.config.to_dict().items() if name != "trace"},
             "data_files": {task: Path(file).name for task, file in self.data_files.items()},
             "shots": self.shots,
             "chat": self.chat,

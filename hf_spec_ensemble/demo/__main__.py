@@ -14,14 +14,13 @@ import statistics
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
-from ..arguments import add_config_arguments, config_of
+from ..arguments import add_config_arguments, config_of, encode, locate
 from ..config import AUTO
 from ..drafter import PROMPT_LOOKUP
-from . import FAMILY
 
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives 8 pencils to his sister. How many pencils does Tom have left?"
@@ -49,19 +48,6 @@ def parse_arguments(args: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--dtype", default="float32")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(args)
-
-
-def locate(name: str) -> str:
-    """The folder of an embedded model, or the name as it is."""
-    return str(FAMILY / name) if name in ("reader", "solver", "draft") else name
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
-    """The prompt as the models expect it: through the chat template if there is one."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def run(models: list[PreTrainedModel], drafter, inputs, config: EnsembleConfig, args) -> EnsembleDecoderOnlyOutput:

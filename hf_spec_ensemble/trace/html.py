@@ -51,6 +51,13 @@ def html_of(trace: Trace) -> str:
     return f'<div id="{id_}"><style>{style}</style>{_headline(trace)}{rows}{_legend(trace)}</div>'
 
 
+def page_of(trace: Trace, title: str) -> str:
+    """A page of its own, for a browser; light or dark as that is set."""
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_safe(title)}</title>'
+    style = "<style>:root{color-scheme:light dark}body{margin:2em auto;max-width:60em;font:15px system-ui}</style>"
+    return f"{head}{style}<body><p>{_safe(title)}</p>{html_of(trace)}</body></html>\n"
+
+
 def _headline(trace: Trace) -> str:
     tokens, passes = len(trace.tokens), trace.forward_passes
     longest = max(map(len, trace.rows), default=0)  # a pass serves all rows
