@@ -9,6 +9,7 @@ from . import compat  # noqa: F401  says what is wrong with the version of trans
 from .adapters import with_adapter
 from .config import EnsembleConfig
 from .decoding import ensemble_decoding
+from .hub import Ensemble, MemberReference, ensemble_card, load_ensemble, push_ensemble, save_ensemble
 from .integration import disable, enable
 from .logits_process import EnsembleLogitsProcessor
 from .output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOutput, EnsembleStats
@@ -17,15 +18,21 @@ from .trace import Trace
 
 __version__ = "0.1.0"
 __all__ = [
+    "Ensemble",
     "EnsembleConfig",
     "EnsembleDecoderOnlyOutput",
     "EnsembleEncoderDecoderOutput",
     "EnsembleLogitsProcessor",
     "EnsembleStats",
+    "MemberReference",
     "Trace",
     "disable",
     "enable",
+    "ensemble_card",
     "ensemble_decoding",
+    "load_ensemble",
+    "push_ensemble",
+    "save_ensemble",
     "with_adapter",
 ]
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 
 
 CONFIG_NAME = "ensemble_config.json"
+NOT_OURS = ("members", "drafter")  # that `hub.save_ensemble` writes to the same file
 
 AUTO = "auto"
 COMBINE_ON = ("probs", "logits", "raw_logits")
@@ -245,14 +248,35 @@ class EnsembleConfig:
         (Path(save_directory) / CONFIG_NAME).write_text(text)
 
     @classmethod
-    def from_pretrained(cls, pretrained_path: str | Path) -> "EnsembleConfig":
+    def from_pretrained(cls, pretrained_path: str | Path, **kwargs) -> "EnsembleConfig":
         """
-        Reads `ensemble_config.json` from a folder.
+        Reads `ensemble_config.json` from a folder or a repository on the Hub. What `save_ensemble` adds to it, the
+        members and the drafter, is left to `load_ensemble`.
+
+        Args:
+            pretrained_path (`str` or `Path`): The folder, or the repository's id.
+            kwargs: For `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, ...
 
         Raises:
-            `FileNotFoundError`: if the folder has none.
+            `FileNotFoundError`: if the folder has none, or there is no such folder or repository.
         """
-        file = Path(pretrained_path) / CONFIG_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"No {CONFIG_NAME} in {str(pretrained_path)!r}: save one with `save_pretrained`.")
-        return cls.from_dict(json.loads(file.read_text()))
+        fields = json.loads(config_file(pretrained_path, **kwargs).read_text(encoding="utf-8"))
+        return cls.from_dict({name: value for name, value in fields.items() if name not in NOT_OURS})
+
+
+def config_file(name: str | Path, **kwargs) -> Path:
+    """
+    The `ensemble_config.json` of a folder or, downloaded, of a repository on the Hub; arguments and errors as for
+    `EnsembleConfig.from_pretrained`.
+    """
+    file = Path(name) / CONFIG_NAME
+    if not file.is_file() and not file.parent.is_dir():
+        try:
+            file = Path(hf_hub_download(str(name), CONFIG_NAME, **kwargs))
+        except (OSError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"{str(name)!r} is no folder, and no repository on the Hub with an {CONFIG_NAME}: {error}"
+            ) from error
+    if not file.is_file():
+        raise FileNotFoundError(f"No {CONFIG_NAME} in {str(name)!r}: save one with `save_pretrained`.")
+    return file
