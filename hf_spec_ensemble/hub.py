@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CONFIG_NAME, EnsembleConfig, config_file
@@ -24,7 +26,7 @@ from .drafter import PROMPT_LOOKUP
 from .validate import is_model, warn_once
 
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FILES = (CONFIG_NAME, "README.md", "custom_generate/generate.py", "custom_generate/requirements.txt")
 ACCESS = ("token", "cache_dir", "local_files_only", "trust_remote_code")  # arguments for whatever is downloaded
 
 
@@ -46,13 +48,18 @@ class MemberReference:
     def __post_init__(self):
         if Path(self.name).is_dir():
             object.__setattr__(self, "name", str(Path(self.name).resolve()))
-        elif not HUB_ID.fullmatch(self.name):
-            raise ValueError(f"A member must be a folder or the id of a repository on the Hub, but is {self.name!r}.")
+        else:
+            try:
+                validate_repo_id(self.name)
+            except HFValidationError as error:
+                raise ValueError(
+                    f"A member must be a folder or the id of a repository on the Hub, but is {self.name!r}: {error}"
+                ) from None
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"`dtype` must be the name of a torch.dtype, as 'bfloat16', but is {self.dtype!r}.")
 
     @classmethod
-    def of(cls, member: "MemberReference | PreTrainedModel | str | Path") -> "MemberReference":
+    def of(cls, member: "Source") -> "MemberReference":
         """
         Raises:
             `ValueError`: for a model that was loaded from nowhere.
@@ -105,21 +112,44 @@ class Ensemble:
     tokenizer: PreTrainedTokenizerBase | None = None
     drafter: PreTrainedModel | str | None = None
 
+    @classmethod
+    def load(cls, members: "Sequence[Source]", config: EnsembleConfig, drafter: "Source | None" = None, **kwargs):
+        """
+        Loads models that form an ensemble.
+
+        Args:
+            members (`list`): The main model first: folders, ids on the Hub, or `MemberReference`s.
+            config (`EnsembleConfig`): How they are combined.
+            drafter (*optional*): `"prompt_lookup"`, or a model, given as the members are.
+            kwargs: For every model's `from_pretrained`: `device_map`, `dtype`, `token`, ...
+
+        Raises:
+            `ValueError`: before anything is loaded, for members that do not fit the config.
+            `OSError`: for one that is not found.
+        """
+        entry = _entry(members, config, drafter)
+        config, references, drafting = read_entry(entry)
+        main = references[0]
+        given = {name: kwargs[name] for name in ACCESS if name in kwargs}
+        tokenizer = AutoTokenizer.from_pretrained(main.name, revision=main.revision or "main", **given)
+        model, *assistants = (reference.load(**kwargs) for reference in references)
+        drafting = drafting.load(**kwargs) if isinstance(drafting, MemberReference) else drafting
+        return cls(model, assistants, config, tokenizer, drafting)
+
     def generate(self, *args, **kwargs):
         """`model.generate` of the ensemble; takes and returns all that this does."""
         ours = dict(assistant_model=self.assistant_models, ensemble_config=self.config, drafter=self.drafter)
         return self.model.generate(*args, **ours | kwargs)
 
 
-Members = Sequence[MemberReference | PreTrainedModel | str | Path]
-Drafter = MemberReference | PreTrainedModel | str | Path | None
+Source = MemberReference | PreTrainedModel | str | Path
 
 
 def save_ensemble(
     folder: str | Path,
-    members: Members,
+    members: Sequence[Source],
     config: EnsembleConfig,
-    drafter: Drafter = None,
+    drafter: Source | None = None,
     repo_id: str | None = None,
     speedup: str | None = None,
     licence: str | None = None,
@@ -160,13 +190,13 @@ def save_ensemble(
     entry = _entry(members, config, drafter)
     card = ensemble_card(members, config, drafter, repo_id or folder.resolve().name, speedup, licence)
     (folder / "custom_generate").mkdir(parents=True, exist_ok=True)
-    files = {
-        CONFIG_NAME: json.dumps(entry, indent=2) + "\n",
-        "README.md": str(card),
-        "custom_generate/generate.py": GENERATE.format(entry=pformat(entry, width=118, sort_dicts=False)),
-        "custom_generate/requirements.txt": f"hf_spec_ensemble>={__version__}\n",
-    }
-    for name, text in files.items():
+    texts = (
+        json.dumps(entry, indent=2) + "\n",
+        str(card),
+        GENERATE.format(entry=pformat(entry, width=118, sort_dicts=False)),
+        f"hf_spec_ensemble>={__version__}\n",
+    )
+    for name, text in zip(FILES, texts):
         (folder / name).write_text(text, encoding="utf-8")
     return folder
 
@@ -187,23 +217,19 @@ def load_ensemble(name: str | Path, revision: str | None = None, **kwargs) -> En
         `OSError`: if there is no `ensemble_config.json`, or a member is not found.
         `ValueError`: for a config without members.
     """
-    given = {key: kwargs[key] for key in ACCESS if key in kwargs}
-    download = {key: value for key, value in given.items() if key != "trust_remote_code"}
-    entry = json.loads(config_file(name, revision=revision, **download).read_text(encoding="utf-8"))
+    given = {key: kwargs[key] for key in ACCESS if key in kwargs and key != "trust_remote_code"}
+    entry = json.loads(config_file(name, revision=revision, **given).read_text(encoding="utf-8"))
     if not entry.get("members"):
         raise ValueError(f"The {CONFIG_NAME} of {str(name)!r} names no members: write it with `save_ensemble`.")
-    config, members, drafter = _read(entry)
-    tokenizer = AutoTokenizer.from_pretrained(members[0].name, revision=members[0].revision or "main", **given)
-    model, *assistants = (member.load(**kwargs) for member in members)
-    drafter = drafter.load(**kwargs) if isinstance(drafter, MemberReference) else drafter
-    return Ensemble(model, assistants, config, tokenizer, drafter)
+    config, members, drafter = read_entry(entry)
+    return Ensemble.load(members, config, drafter, **kwargs)
 
 
 def push_ensemble(
     repo_id: str,
-    members: Members,
+    members: Sequence[Source],
     config: EnsembleConfig,
-    drafter: Drafter = None,
+    drafter: Source | None = None,
     speedup: str | None = None,
     licence: str | None = None,
     private: bool | None = None,
@@ -230,7 +256,7 @@ def push_ensemble(
 
     Example: `push_ensemble("me/two-qwens", ["Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-Coder-1.5B"], EnsembleConfig())`.
     """
-    _, references, drafting = _read(_entry(members, config, drafter))
+    _, references, drafting = read_entry(_entry(members, config, drafter))
     models = [*references, *([drafting] if isinstance(drafting, MemberReference) else [])]
     local = [reference.name for reference in models if reference.is_local]
     if local:
@@ -248,9 +274,9 @@ def push_ensemble(
 
 
 def ensemble_card(
-    members: Members,
+    members: Sequence[Source],
     config: EnsembleConfig,
-    drafter: Drafter = None,
+    drafter: Source | None = None,
     repo_id: str = "name/ensemble",
     speedup: str | None = None,
     licence: str | None = None,
@@ -276,7 +302,7 @@ def ensemble_card(
     >>> card.data.base_model, card.data.tags
     (['org/base', 'org/math'], ['custom_generate', 'ensemble', 'speculative-decoding'])
     """
-    config, references, drafting = _read(_entry(members, config, drafter))
+    config, references, drafting = read_entry(_entry(members, config, drafter))
     shown = config.for_members(len(references), drafters=int(drafter is not None))
     rows = [
         f"| l_{i} | {_shown(each)} | {each.revision or ''} | {each.dtype or 'as saved'} |"
@@ -319,7 +345,7 @@ def generate_with(entry: dict[str, Any], model: PreTrainedModel, **kwargs):
     Raises:
         `ValueError`: if `assistant_model` is given: the ensemble names its own.
     """
-    config, members, drafter = _read(entry)
+    config, members, drafter = read_entry(entry)
     for name in ("assistant_model", "assistant_models"):
         if kwargs.pop(name, None) is not None:
             raise ValueError(
@@ -346,7 +372,7 @@ def _loaded_once(member: MemberReference, device: str) -> PreTrainedModel:
     return member.load().to(device)
 
 
-def _entry(members: Members, config: EnsembleConfig, drafter: Drafter) -> dict[str, Any]:
+def _entry(members: Sequence[Source], config: EnsembleConfig, drafter: Source | None) -> dict[str, Any]:
     """What `ensemble_config.json` holds, checked."""
     references = [MemberReference.of(member) for member in members]
     config.for_members(len(references), drafters=int(drafter is not None))
@@ -354,7 +380,8 @@ def _entry(members: Members, config: EnsembleConfig, drafter: Drafter) -> dict[s
     return {**config.to_dict(), "members": [asdict(each) for each in references], "drafter": drafting}
 
 
-def _read(entry: dict[str, Any]) -> tuple[EnsembleConfig, list[MemberReference], MemberReference | str | None]:
+def read_entry(entry: dict[str, Any]) -> tuple[EnsembleConfig, list[MemberReference], MemberReference | str | None]:
+    """The config, the members and the drafter that an `ensemble_config.json` names."""
     fields = dict(entry)
     members = [MemberReference(**member) for member in fields.pop("members")]
     drafter = fields.pop("drafter", None)

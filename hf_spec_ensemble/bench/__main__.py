@@ -88,6 +88,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def main(argv: list[str] | None = None) -> None:
     made = parser()
     args = made.parse_args(argv)
+    logging.disable_progress_bar()  # of loading weights: the benchmark has its own
+    logging.set_verbosity_error()
     if args.threads is not None and args.threads >= 1:
         torch.set_num_threads(args.threads)
     try:
@@ -109,6 +111,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.disable_progress_bar()  # of loading weights: the benchmark has its own
-    logging.set_verbosity_error()
     main()
