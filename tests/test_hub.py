@@ -36,7 +36,11 @@ def expected() -> str:
 
 def python(program: str, folder: Path, **environment: str) -> str:
     """What a program prints in a process of its own, with caches of its own."""
-    environment |= {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(folder / "home"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+    }
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], cwd=folder, env=os.environ | environment, text=True,
         capture_output=True, timeout=300,

@@ -28,7 +28,8 @@ def test_it_is_stored_with_its_outputs(file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_it_runs(file):
+def test_it_runs(file, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it
     spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
     runner = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(runner)

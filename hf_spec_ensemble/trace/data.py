@@ -1,8 +1,10 @@
 """Trace: the record of a call. Plain data, and what is counted from it; how it looks is in `html` and `plot`."""
 
+import importlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -237,8 +239,7 @@ class Trace:
         Raises:
             `ImportError`: without pandas.
         """
-        import pandas
-
+        pandas = _extra("pandas")
         lines = []
         for token in self.tokens:
             fields = {"outcome": token.outcome} | {name: getattr(token, name) for name in TokenTrace.__annotations__}
@@ -260,6 +261,7 @@ class Trace:
         Raises:
             `ImportError`: without matplotlib.
         """
+        _extra("matplotlib")
         from .plot import plot
 
         return plot(self)
@@ -275,6 +277,13 @@ def _read(token: TokenTrace, text: str, tokenizer, before: list[int]) -> DraftTr
     if token.outcome != "corrected":
         return token.draft and replace(token.draft, text=text)
     return replace(token.draft, text=pieces(tokenizer, [*before, token.draft.token], len(before))[0])
+
+
+def _extra(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f'This needs {name}: pip install "hf_spec_ensemble[notebooks]"') from error
 
 
 def _so_many(count: int, noun: str) -> str:

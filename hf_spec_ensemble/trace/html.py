@@ -54,7 +54,8 @@ def html_of(trace: Trace) -> str:
 def page_of(trace: Trace, title: str) -> str:
     """A page of its own, for a browser; light or dark as that is set."""
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_safe(title)}</title>'
-    style = "<style>:root{color-scheme:light dark}body{margin:2em auto;max-width:60em;font:15px system-ui}</style>"
+    body = "margin:2em auto;padding:0 1em;max-width:60em;font:15px system-ui"
+    style = f"<style>:root{{color-scheme:light dark}}body{{{body}}}</style>"
     return f"{head}{style}<body><p>{_safe(title)}</p>{html_of(trace)}</body></html>\n"
 
 

@@ -1,4 +1,4 @@
-"""Plots of a trace, with matplotlib (extra `bench`)."""
+"""Plots of a trace, with matplotlib (extra `notebooks`)."""
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
