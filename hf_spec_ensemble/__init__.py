@@ -14,6 +14,7 @@ from .integration import disable, enable
 from .logits_process import EnsembleLogitsProcessor
 from .output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOutput, EnsembleStats
 from .trace import Trace
+from .warmup import warmup
 
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "load_ensemble",
     "push_ensemble",
     "save_ensemble",
+    "warmup",
     "with_adapter",
 ]
 

@@ -1,25 +1,42 @@
 """Caches that go back: what `Member` does to the layers of transformers' caches."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import contextmanager
 
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+import numpy as np
+import torch
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from .snapshots import can_read_on, needs_snapshots
 
 
-def empty_cache(model: PreTrainedModel) -> Cache:
-    """As `generate()` would make it."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+def empty_cache(model: PreTrainedModel, slots: int | None = None) -> Cache:
+    """
+    As `generate()` would make it: one that grows or, given a number of slots, a static one. All layers of that have so
+    many slots, those with a sliding window too: the mask keeps to the window, and a roll-back finds what shifting the
+    window would have lost.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if slots is None:
+        cache = DynamicCache(config=config)
+    else:
+        cache = StaticCache(config=config, max_cache_len=slots)
+        cache.layers = [
+            StaticLayer(slots) if type(layer) is StaticSlidingWindowLayer else layer for layer in cache.layers
+        ]
     if not model.config.is_encoder_decoder:
         return cache
-    return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
+    return EncoderDecoderCache(cache, DynamicCache(config=config))
 
 
 def decoder_layers(cache: Cache) -> list:
@@ -34,16 +51,45 @@ def tokens_held(cache: Cache) -> int:
     )
 
 
-def remove_last(layer: DynamicLayer | LinearAttentionLayer, slots: int) -> None:
-    """Removes the last slots of a layer, and no others: some layers' own `crop` also cuts to their window."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for i, states in layer.conv_states.items():
-            layer.conv_states[i] = states[..., :-slots]
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.keys, layer.values = layer.keys[:, :, :-slots], layer.values[:, :, :-slots]
-        layer.cumulative_length -= slots
-    elif isinstance(layer, DynamicLayer) and layer.is_initialized:
-        DynamicLayer.crop(layer, -slots)
+def remove_last(layers: Sequence[CacheLayerMixin | LinearAttentionLayer], slots: int) -> None:
+    """Removes the last slots of layers, and no others: some layers' own `crop` also cuts to their window."""
+    for layer in layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            for i, states in layer.conv_states.items():
+                layer.conv_states[i] = states[..., :-slots]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.keys, layer.values = layer.keys[:, :, :-slots], layer.values[:, :, :-slots]
+            layer.cumulative_length -= slots
+        elif isinstance(layer, DynamicLayer) and layer.is_initialized:
+            DynamicLayer.crop(layer, -slots)
+    # What static layers hold beyond their length is hidden by the mask, and overwritten
+    lengths = [layer.cumulative_length for layer in layers if isinstance(layer, StaticLayer)]
+    if lengths:
+        torch._foreach_sub_(lengths, slots)
+
+
+def pick_slots(layer: CacheLayerMixin, order: np.ndarray, slots: int) -> None:
+    """
+    Lets a layer hold slots `order[b]` of what were the first `slots` of row b, in this order.
+
+    Args:
+        order (`np.ndarray` `[B, length]`): Each in [0, slots). A layer that holds only the last slots of them puts any
+            in the place of others.
+    """
+    length = order.shape[1]
+    held = slots if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
+    source = torch.from_numpy(np.maximum(order[:, -held:] - (slots - held), 0)).to(layer.keys.device)
+    for name in ("keys", "values"):
+        states = getattr(layer, name)  # [B, heads, held or more, D]
+        picked = states.gather(2, source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+        if isinstance(layer, StaticLayer):
+            states[:, :, :length] = picked
+        else:
+            setattr(layer, name, picked)
+    if isinstance(layer, StaticLayer):
+        layer.cumulative_length.fill_(length)
+    elif isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = length
 
 
 def cut_to_window(layer: DynamicSlidingWindowLayer, pending: int) -> None:
@@ -63,8 +109,8 @@ def cut_to_kernel(layer: LinearAttentionLayer, pending: int) -> None:
 @contextmanager
 def restored_on_error(cache: Cache | None):
     """
-    Leaves a cache as it was given if anything goes wrong, so that the same call may be made again. No tensor is copied:
-    layers that can roll back grow by new ones and never write into those they hold. (Static ones do: not for these.)
+    Leaves a cache as it was given if anything goes wrong, so that the same call may be made again. No keys or values
+    are copied: layers that grow do so by new tensors, and static ones write behind what they held.
     """
     caches = [] if cache is None else [cache]
     if isinstance(cache, EncoderDecoderCache):
@@ -75,25 +121,28 @@ def restored_on_error(cache: Cache | None):
         (vars(thing), {k: copy.copy(v) if isinstance(v, (list, dict)) else v for k, v in vars(thing).items()})
         for thing in (*caches, *layers)
     ]
+    lengths = [layer.cumulative_length for layer in layers if isinstance(layer, StaticLayer)]
+    held = [length.clone() for length in lengths]
     try:
         yield
     except BaseException:
         for attributes, given in before:
             attributes.clear()
             attributes.update(given)
+        for length, before_it in zip(lengths, held):
+            length.copy_(before_it)
         raise
 
 
 def can_roll_back(model: PreTrainedModel, cache: Cache) -> bool:
     """
-    Whether `Member.forget` works on this cache: full-attention and sliding-window layers that grow, convolutions over
-    the last tokens, and recurrent layers of models that read on from a state.
+    Whether `Member.forget` works on this cache: full-attention and sliding-window layers that grow, static ones of full
+    length, convolutions over the last tokens, and recurrent layers of models that read on from a state.
     """
-    layers = decoder_layers(cache)
-    grows = isinstance(cache, DynamicCache) or isinstance(getattr(cache, "self_attention_cache", None), DynamicCache)
-    known = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
-    return (
-        grows
-        and (not needs_snapshots(model) or can_read_on(model))
-        and all(type(layer) in known or type(layer).__name__ == "DummyLayer" for layer in layers)
-    )
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if isinstance(own, StaticCache):
+        known, works = (StaticLayer,), not needs_snapshots(model) and not own.offloading
+    else:
+        known = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
+        works = isinstance(own, DynamicCache) and (not needs_snapshots(model) or can_read_on(model))
+    return works and all(type(layer) in known or type(layer).__name__ == "DummyLayer" for layer in own.layers)

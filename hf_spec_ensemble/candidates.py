@@ -16,6 +16,7 @@ from .estimates import PassCosts
 from .member import Member
 from .padded import Ragged, window
 from .placement import Placed
+from .ranks import Ranks
 from .schedule import Schedule, Situation
 from .trace.recorder import NoRecord
 
@@ -104,6 +105,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         stop_tokens (`Collection[int]`): Tokens after which nothing is proposed.
         keep_scores, keep_logits (`bool`): Whether candidates carry log r and the main model's raw logits.
         recorder (`Recorder`, *optional*): Told what happens, for a trace.
+        ranks (`Ranks`, *optional*): The processes that decode together.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         keep_scores: bool = False,
         keep_logits: bool = False,
         recorder: NoRecord | None = None,
+        ranks: Ranks | None = None,
     ):
         # Not the parent's: that prepares one assistant for its own `generate()`; see `assistant_kwargs`
         self.members = members
@@ -148,6 +151,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.logits = Ragged(batch)
         self.keep_scores, self.keep_logits = keep_scores, keep_logits
         self.recorder = recorder or NoRecord()
+        self.ranks = ranks or Ranks()
         self.keep_q = drawing.needs_q or recorder.on
         self.pending: list[list[tuple[int, float]]] = [[] for _ in range(batch)]  # author and confidence of proposals
         self.drawn: list[list[int]] = [[] for _ in range(batch)]  # and which they are
@@ -180,7 +184,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         Returns:
             `np.ndarray` `[B]`: How many tokens each row has gained.
         """
-        accepted, tokens = torch.stack([num_matches, emitted]).cpu().numpy()  # the round's only transfer
+        verdict = self.ranks.agree(torch.stack([num_matches, emitted]))
+        emitted = verdict[1]
+        accepted, tokens = verdict.cpu().numpy()  # the round's only transfer
         emits = (accepted < candidates.proposed) | candidates.drawable
         self._count(candidates.proposed, accepted)
         gained, falls = self._align(accepted + emits, emits) if self.in_step else (accepted + emits, emits)
@@ -282,7 +288,10 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         q = self.distribution.proposal(evidence, self.ids, self.total, rows.astype(int), form)
         tokens = self.drawing.propose(q[:, 0], self.total - self.prompt_length)
         # Fetched together, in one transfer; the decision sees the confidence alone
-        drawn, confidence = torch.stack([tokens.double(), self.distribution.top_prob(q[:, 0], form).double()]).tolist()
+        proposal = torch.stack([tokens.double(), self.distribution.top_prob(q[:, 0], form).double()])
+        proposal = self.ranks.agree(proposal)
+        tokens = proposal[0].long()
+        drawn, confidence = proposal.tolist()
         confidence = [own if row else None for own, row in zip(confidence, rows.tolist())]
         if not self.schedule.proposes(self._situation(), confidence):
             return
@@ -302,6 +311,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             drafts[row], logits[row] = drafter.draft(row, self.ids[row : row + 1, :end], self.max_length - end)
             stop = next((j + 1 for j, token in enumerate(drafts[row]) if token in self.stop_tokens), None)
             drafts[row] = drafts[row][:stop]
+        drafts = self.ranks.agree_on(drafts)
         if self.in_step:
             shortest = min(len(drafts[row]) for row in np.flatnonzero(self._open()).tolist())
             drafts = [tokens[:shortest] for tokens in drafts]

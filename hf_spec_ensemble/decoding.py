@@ -13,6 +13,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StaticCache,
     StoppingCriteriaList,
 )
 from transformers.generation import (
@@ -26,13 +27,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapters import all_locks_of
 from .auto import Auto, Memory
-from .cache import can_roll_back, decoder_layers, restored_on_error
+from .cache import can_roll_back, decoder_layers, restored_on_error, tokens_held
 from .candidates import EnsembleCandidateGenerator, assistant_kwargs
 from .config import AUTO, EnsembleConfig
 from .distribution import EnsembleDistribution
 from .drafter import PROMPT_LOOKUP, GeneratorDrafter
 from .drawing import Gumbel, drawing_rule
-from .estimates import Acceptance, PassCosts, pass_costs, remembered
+from .estimates import Acceptance, PassCosts, remembered
 from .logits_process import EnsembleLogitsProcessor
 from .member import Member
 from .output import (
@@ -43,7 +44,9 @@ from .output import (
     pads_finished_rows,
 )
 from .processing import PositionwiseProcessor
+from .ranks import Ranks, ranks_of
 from .roles import Roles
+from .runner import Running, Stepper
 from .schedule import Schedule, Turns
 from .theory import predict
 from .trace import Trace
@@ -55,6 +58,7 @@ from .validate import (
     check_media,
     check_members,
     check_prompt,
+    check_sharding,
     is_model,
     shared_vocabulary,
     warn_once,
@@ -133,11 +137,15 @@ def ensemble_decoding(
     def kwargs_of(models: list[PreTrainedModel]) -> list[dict]:
         return assistant_kwargs(models, input_ids, generation_config, model_kwargs, inputs_tensor, media)
 
+    models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
+    synced_gpus = check_sharding(models, config, synced_gpus)
+    ranks = ranks_of(models)
+    ranks.share_random_state(input_ids.device)
     decode = _speculative if config.speculative else _standard
     with restored_on_error(model_kwargs.get("past_key_values")):
         output = decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-            drafter, config, kwargs_of, model_kwargs,
+            drafter, config, kwargs_of, ranks, model_kwargs,
         )  # fmt: skip
     if tokenizer is not None and isinstance(getattr(output, "trace", None), Trace):  # a tensor has a `trace` too
         output.trace = output.trace.with_tokenizer(tokenizer)
@@ -146,16 +154,16 @@ def ensemble_decoding(
 
 def _speculative(
     model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-    drafter, config, kwargs_of, model_kwargs,
+    drafter, config, kwargs_of, ranks, model_kwargs,
 ):  # fmt: skip
-    if synced_gpus:
-        raise ValueError(f"`synced_gpus=True` is not supported by a speculative ensemble: use {STANDARD}.")
     roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]], drafter is not None)
     models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
     check_prompt(input_ids, [models[i] for i in roles.order[: roles.members]])
     max_length = stopping_criteria.max_length or generation_config.max_length
-    prepared = [model_kwargs, *kwargs_of(models[1:])]
-    authors = [Member(models[i], prepared[i], input_ids) for i in roles.order if i < len(models)]
+    running = Running.of(generation_config, model_kwargs.get("past_key_values"), max_length, input_ids.device)
+    prepared = [_without_fresh_static_cache(model_kwargs), *kwargs_of(models[1:])]
+    runners = [running.runner(m, len(input_ids), kwargs.get("past_key_values")) for m, kwargs in zip(models, prepared)]
+    authors = [Member(models[i], prepared[i], input_ids, runners[i]) for i in roles.order if i < len(models)]
     for author in authors:
         if not can_roll_back(author.model, author.cache):
             layers = sorted({type(layer).__name__ for layer in decoder_layers(author.cache)})
@@ -168,7 +176,7 @@ def _speculative(
     vocabulary = shared_vocabulary([member.model for member in members])
     for author in authors[roles.members :]:
         author.read_as_if_known(vocabulary[0])
-    costs = [pass_costs(author.model) for author in authors]
+    costs = [author.runner.costs for author in authors]
     if len(authors) < len(roles.order):
         authors.append(GeneratorDrafter.of(drafter, len(input_ids), vocabulary[1], max_length))
         costs.append(remembered([model], ("drafter", _name(drafter)), PassCosts))
@@ -187,15 +195,16 @@ def _speculative(
         input_ids,
         EnsembleDistribution(roles.config(config), process, vocabulary, input_ids.device),
         drawing_rule(generation_config.do_sample, config.coupling),
-        schedule,
+        ranks.lead(schedule),
         costs,
         max_length=max_length,
         stop_tokens=generation_config._eos_token_tensor.tolist() if has_eos else (),
         keep_scores=output_scores,
         keep_logits=output_logits,
         recorder=recorder,
+        ranks=ranks,
     )
-    transcript = Transcript(input_ids, stopping_criteria, streamer, pad, output_scores, output_logits)
+    transcript = Transcript(input_ids, stopping_criteria, streamer, pad, output_scores, output_logits, ranks)
     prompt_length = input_ids.shape[1]
 
     start = time.perf_counter()
@@ -215,7 +224,10 @@ def _speculative(
         candidates_of.retire(transcript.wanted)
 
     seconds = time.perf_counter() - start
-    cache = members[0].release(transcript.sequences.shape[1] - 1)  # perhaps the caller's
+    # Perhaps the caller's, so to be left in order also where it is not part of the output
+    cache = members[0].release(transcript.sequences.shape[1] - 1, copied=output_dict)
+    for author in candidates_of.models:
+        author.close()
     if streamer is not None:
         streamer.end()
     if not output_dict:
@@ -244,6 +256,18 @@ def _speculative(
         stats=stats,
         trace=trace,
     )
+
+
+def _without_fresh_static_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    `generate()` makes static caches for texts that are read token by token, with no room for the padding of passes and
+    with sliding windows that cannot go back. Nothing is lost with one: it has no memory yet.
+    """
+    cache = kwargs.get("past_key_values")
+    own = getattr(cache, "self_attention_cache", cache)
+    if not isinstance(own, StaticCache) or getattr(cache, "_is_user_defined", False) or tokens_held(cache):
+        return kwargs
+    return {name: value for name, value in kwargs.items() if name != "past_key_values"}
 
 
 def _output_class(model: PreTrainedModel) -> type:
@@ -277,7 +301,7 @@ def _schedule(
         return Turns(lengths, roles.first, roles.members, at_once)
     ensemble = (
         _name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
-        config.coupling, config.alternate, do_sample, batch, _name(drafter),
+        config.coupling, config.alternate, do_sample, batch, _name(drafter), authors[0].runner.way,
     )  # fmt: skip
     models = [author.model for author in authors if isinstance(author, Member)]
     memory = remembered(models, ensemble, lambda: Memory([Acceptance() for _ in authors]))
@@ -317,16 +341,17 @@ class _SharedNoise(LogitsProcessor):
 class _Criteria(StoppingCriteriaList):
     """The stopping criteria, counting the tokens of rows that have not stopped; shown no noise in the scores."""
 
-    def __init__(self, criteria: StoppingCriteriaList, noise: _SharedNoise | None):
+    def __init__(self, criteria: StoppingCriteriaList, noise: _SharedNoise | None, ranks: Ranks):
         super().__init__(criteria)
         self.noise = noise
+        self.ranks = ranks
         self.new_tokens = 0
         self.unfinished: torch.Tensor | None = None  # [B]
 
     def __call__(self, input_ids, scores, **kwargs):
         if scores is not None and self.noise is not None:
             scores = self.noise.log_probs
-        done = super().__call__(input_ids, scores, **kwargs)
+        done = self.ranks.agree(super().__call__(input_ids, scores, **kwargs))
         wanted = torch.ones_like(done) if self.unfinished is None or not pads_finished_rows(self) else self.unfinished
         self.new_tokens += int(wanted.sum())
         self.unfinished = ~done if self.unfinished is None else self.unfinished & ~done
@@ -335,7 +360,7 @@ class _Criteria(StoppingCriteriaList):
 
 def _standard(
     model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-    drafter, config, kwargs_of, model_kwargs,
+    drafter, config, kwargs_of, ranks, model_kwargs,
 ):  # fmt: skip
     if config.trace:
         warn_once("`trace=True` records what a speculative ensemble does; the standard ensemble leaves no trace.")
@@ -349,6 +374,14 @@ def _standard(
         config = roles.config(config)
         assistants = [[model, *assistants][i] for i in roles.order[1 : roles.members]]
     check_prompt(input_ids, [model, *assistants])
+    max_length = stopping_criteria.max_length or generation_config.max_length
+    running = Running.of(generation_config, model_kwargs.get("past_key_values"), max_length, input_ids.device)
+    stepped = None
+    if running.compile_config is not None and beams == 1:
+        model_kwargs = _without_fresh_static_cache(model_kwargs)
+        given = model_kwargs.get("past_key_values")
+        stepped = running.runner(model, len(input_ids), given)
+        model_kwargs = {**model_kwargs, "past_key_values": given or stepped.new_cache()}
     pad = generation_config._pad_token_tensor
     ensemble = EnsembleLogitsProcessor.for_generate(
         model,
@@ -360,6 +393,8 @@ def _standard(
             in_order=config.combine_on == "raw_logits",
         ),
         assistant_kwargs=kwargs_of(assistants),
+        running=running,
+        ranks=ranks,
         normalize=beams > 1,
         form="log_probs" if beams > 1 or generation_config.do_sample or generation_config.output_scores else "scores",
     )
@@ -371,7 +406,7 @@ def _standard(
         generation_config = copy.copy(generation_config)
         generation_config.do_sample = False  # the draw is an argmax now
 
-    criteria = stopping_criteria if beams > 1 else _Criteria(stopping_criteria, noise)
+    criteria = stopping_criteria if beams > 1 else _Criteria(stopping_criteria, noise, ranks)
     start = time.perf_counter()
     arguments = dict(
         logits_processor=processors,
@@ -383,7 +418,13 @@ def _standard(
     with all_locks_of([model, *assistants]):
         if beams > 1:
             return model._beam_search(input_ids, **arguments)
-        output = model._sample(input_ids, streamer=streamer, **arguments)
+        sampling = model if stepped is None else Stepper(stepped)
+        output = model._sample.__func__(sampling, input_ids, streamer=streamer, **arguments)
+    ensemble.close()
+    if stepped is not None and given is None:
+        if isinstance(output, dict):
+            output["past_key_values"] = stepped.released(output["past_key_values"])
+        stepped.take_back(model_kwargs["past_key_values"])
     if not isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)):
         return output
     if shares_noise and output.scores is not None:

@@ -26,6 +26,9 @@ class PassCosts:
     A pass over two tokens can cost more than one over four, where the shorter one meets a slower kernel. Then it pays
     to pad, so that the cost is what the cheapest pass over at least w tokens costs.
 
+    Args:
+        widths (`Sequence[int]`): What passes are padded to in any case, ascending; wider ones are not.
+
     Example:
 
     >>> from hf_spec_ensemble.estimates import PassCosts
@@ -37,7 +40,8 @@ class PassCosts:
     (0.07, 4)
     """
 
-    def __init__(self):
+    def __init__(self, widths: Sequence[int] = ()):
+        self._widths = tuple(widths)
         self._samples: dict[tuple[int, int], tuple[float, ...]] = {}  # replaced whole: other threads may be reading
         self._measured_at: dict[tuple[int, int], int] = {}
         self._passes = 0
@@ -59,6 +63,7 @@ class PassCosts:
         known = sorted(w for b, w in list(self._samples) if b == batch)
         if not known:
             return None
+        width = next((padded for padded in self._widths if padded >= width), width)
         if width in known:
             samples = sorted(self._samples[batch, width])
             return samples[len(samples) // 4]
@@ -164,9 +169,9 @@ class Acceptance:
 _memory: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
-def pass_costs(model: PreTrainedModel) -> PassCosts:
-    """The process's `PassCosts` of a model."""
-    return remembered([model], "pass costs", PassCosts)
+def pass_costs(model: PreTrainedModel, way: str = "growing", widths: Sequence[int] = ()) -> PassCosts:
+    """The process's `PassCosts` of a model whose passes run in some way (`Runner.way`)."""
+    return remembered([model], ("pass costs", way), lambda: PassCosts(widths))
 
 
 def remembered(models: Sequence[PreTrainedModel], key: Hashable, make: Callable[[], Any]) -> Any:

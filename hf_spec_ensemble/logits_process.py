@@ -10,6 +10,8 @@ from .distribution import EnsembleDistribution
 from .member import Member
 from .placement import device_of
 from .processing import PositionwiseProcessor
+from .ranks import Ranks
+from .runner import Running
 from .stopwatch import Stopwatch
 from .validate import assistant_list, check_members, shared_vocabulary
 
@@ -82,6 +84,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             config, PositionwiseProcessor(LogitsProcessorList()), shared_vocabulary(models), device_of(model)
         )
         self.assistant_kwargs: list[dict] | None = None
+        self.running, self.ranks = Running(), Ranks()
         self.normalize = False
         self.form = "log_probs"
         self.members: list[Member] = []
@@ -90,7 +93,9 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         self._previous: torch.Tensor | None = None  # [B, T]: the tokens that the caches hold
 
     @classmethod
-    def for_generate(cls, model, assistant_models, ensemble_config, process, assistant_kwargs, normalize, form):
+    def for_generate(
+        cls, model, assistant_models, ensemble_config, process, assistant_kwargs, running, ranks, normalize, form
+    ):
         """
         The processor behind `EnsembleConfig(speculative=False)`: it gets raw scores and applies the call's processors
         itself, to every member or to the combination as `combine_on` says.
@@ -98,6 +103,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         Args:
             process (`PositionwiseProcessor`): The call's logits processors.
             assistant_kwargs (`list[dict]`): What each assistant's `forward` is given for the prompt.
+            running (`Running`): How the assistants' passes run.
+            ranks (`Ranks`): The processes that decode together.
             normalize (`bool`): Whether the scores are log-probabilities, as in beam search, and not logits.
             form (`str`): Of what it returns, as for `EnsembleDistribution.target`.
         """
@@ -105,6 +112,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         processor = cls(model, assistant_models, ensemble_config, encoder_inputs=none)
         processor.distribution.process = process
         processor.assistant_kwargs = assistant_kwargs
+        processor.running, processor.ranks = running, ranks
         processor.normalize = normalize
         processor.form = form
         return processor
@@ -137,14 +145,21 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             aligned = [x.log_softmax(-1) for x in aligned]
         position = (input_ids, end, np.ones_like(end))
         evidence = [self.distribution.evidence(x, *position) for x in aligned]
-        return self.distribution.target(evidence, *position, self.form)[:, 0]
+        return self.ranks.agree(self.distribution.target(evidence, *position, self.form)[:, 0])
+
+    def close(self) -> None:
+        """Ends the current texts; their caches may serve others."""
+        for member in self.members:
+            member.close()
+        self.members, self._previous = [], None
 
     def _follow(self, input_ids: torch.Tensor) -> None:
         """Makes the caches hold `input_ids[:, :-1]`, or be empty."""
         parents = self._parents(input_ids)
         if parents is None:
+            self.close()
             self.members = [
-                Member(model, kwargs, input_ids)
+                Member(model, kwargs, input_ids, self.running.runner(model, len(input_ids)))
                 for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
             ]
             for stopwatches, member in zip(self._stopwatches, self.members):

@@ -11,9 +11,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionC
 from transformers.generation.candidate_generator import _prepare_token_type_ids
 
 from .adapters import lock_of
-from .cache import cut_to_kernel, cut_to_window, decoder_layers, empty_cache, remove_last, tokens_held
+from .cache import cut_to_kernel, cut_to_window, decoder_layers, pick_slots, remove_last, tokens_held
 from .padded import columns, window
 from .placement import device_of
+from .runner import Runner
 from .snapshots import Snapshots, needs_snapshots
 from .stopwatch import Stopwatch
 
@@ -54,19 +55,25 @@ class Member:
             `past_key_values`, and anything else, which is passed on. A cache may hold the first tokens of the prompt.
         prompt (`torch.LongTensor` `[B, P]`):
             For its shape.
+        runner (`Runner`, *optional*):
+            How its passes run; by default eagerly, over a cache that grows.
     """
 
-    def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any], prompt: torch.Tensor):
+    def __init__(
+        self, model: PreTrainedModel, kwargs: dict[str, Any], prompt: torch.Tensor, runner: Runner | None = None
+    ):
         self.model = model
+        self.runner = runner or Runner(model)
         self.device = device_of(model)
         decoder = "decoder_" if model.config.is_encoder_decoder else ""
         self._mask_name, self._positions_name = f"{decoder}attention_mask", f"{decoder}position_ids"
         self._cache_name = "cache_params" if self._takes("cache_params") else "past_key_values"  # Mamba's
         own = (*OWN_KWARGS, self._cache_name, self._mask_name, self._positions_name)
         self.kwargs = {key: value for key, value in kwargs.items() if key not in own}
-        self.cache: Cache = kwargs.get(self._cache_name)
+        self.cache: Cache | None = kwargs.get(self._cache_name)
+        self._owns_cache = self.cache is None
         if self.cache is None:
-            self.cache = empty_cache(model)
+            self.cache = self.runner.new_cache()
         self.cache.activate_past_recording()  # sliding-window layers keep what a roll-back may need
         self._layers = decoder_layers(self.cache)
 
@@ -88,7 +95,8 @@ class Member:
         self._linear = [layer for layer in self._layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         self._snapshots = Snapshots(self._linear) if needs_snapshots(model) else None
         # A cache made without the model's config holds all tokens in every layer, behind the same masks
-        self._windowed = any(isinstance(x, DynamicSlidingWindowLayer) for x in decoder_layers(empty_cache(model)))
+        own_layers = decoder_layers(Runner(model).new_cache())
+        self._windowed = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in own_layers)
 
     @property
     def in_step(self) -> bool:
@@ -132,13 +140,16 @@ class Member:
 
     def _read(self, ids: torch.Tensor, end: np.ndarray, width: int = 0) -> torch.Tensor:
         """A forward pass; see `score`."""
-        self._tidy()
+        first_pass = self.passes == 0
         count = np.maximum(end - self.seen, 0)
         needed = int(count.max())
         width = max(needed, width)
+        if not first_pass:
+            width = self.runner.width(width)
+        self._tidy(room=width)
         index = columns(self.seen, width)  # [B, W]
         real = index < end[:, None]
-        first_pass, held = self.passes == 0, self.visible.shape[1]
+        held = self.visible.shape[1]
         if first_pass:
             real[:, : self.prompt_length - held] &= self.prompt_visible[:, held:]
         # Padding behind a row's tokens need not be hidden from them: attention is causal
@@ -151,20 +162,22 @@ class Member:
         kwargs = dict(self.kwargs)
         if kwargs.get("token_type_ids") is not None:
             kwargs = _prepare_token_type_ids(kwargs, visible.shape[1])
-        # As in generate(): no mask where there is nothing to hide
-        kwargs[self._mask_name] = None if visible.all() else torch.from_numpy(visible).long().to(self.device)
+        # As in generate(): no mask where there is nothing to hide. But graphs are for one kind of inputs
+        unmasked = visible.all() and (first_pass or self.runner.slots is None)
+        kwargs[self._mask_name] = None if unmasked else torch.from_numpy(visible).long().to(self.device)
         kwargs[self._positions_name] = self._positions(np.minimum(index, np.maximum(end - 1, 0)[:, None]))
         kwargs[self._cache_name] = self.cache
         inputs = self.model.prepare_inputs_for_generation(
             chunk, use_cache=True, is_first_iteration=first_pass, **kwargs
         )
         keep = width - (self.prompt_length - 1 - held if first_pass else 0)
-        if self._takes_logits_to_keep:
+        if self._takes_logits_to_keep and keep < width:
             inputs["logits_to_keep"] = keep
         with self._lock, self._within_windows():
             self.stopwatch.start()
-            logits = self.model(**inputs, return_dict=True).logits[:, -keep:]
-            self.stopwatch.stop(None if first_pass else width)
+            logits, as_usual = self.runner.run(inputs, 0 if first_pass else width)
+            self.stopwatch.stop(width if as_usual else None)
+        logits = logits[:, -keep:]
 
         self.visible = np.concatenate([self.visible, real], axis=1)
         self.seen = self.seen + count
@@ -215,10 +228,11 @@ class Member:
             self.visible = self.visible & (from_end > dropped[:, None])
             self.seen = self.seen - dropped
 
-    def release(self, length: int) -> Cache | None:
+    def release(self, length: int, copied: bool = True) -> Cache | None:
         """
         The cache, as `generate()` would leave it after `length` tokens or however many all rows have seen; `None` where
-        rows ended at different lengths and layers cannot go back so far.
+        rows ended at different lengths and layers cannot go back so far. One that will serve other calls is `copied`,
+        unless nobody wants it.
         """
         length = min(int(self.seen.min()), length)
         if self._linear and (self.settled > length).any():
@@ -232,7 +246,12 @@ class Member:
         for layer in self._layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = False
-        return self.cache
+        return self.runner.released(self.cache) if copied and self._owns_cache else self.cache
+
+    def close(self) -> None:
+        """Nothing will be asked of this member any more; its cache may serve another."""
+        if self._owns_cache:
+            self.runner.take_back(self.cache)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row b continues what row `rows[b]` was (beam search). `rows`: `torch.LongTensor` `[B]`, CPU."""
@@ -243,22 +262,24 @@ class Member:
         self.visible, self.seen, self.settled = self.visible[rows], self.seen[rows], self.settled[rows]
         self.prompt_visible = self.prompt_visible[rows]
 
-    def _tidy(self) -> None:
-        """Crops slots that are hidden in every row at the end; compacts if it must or if it pays."""
+    def _tidy(self, room: int = 0) -> None:
+        """
+        Crops slots that are hidden in every row at the end; compacts if it must, as it may to make room for so many
+        slots, or if it pays.
+        """
         slots = self.visible.shape[1]
         if slots == 0:
             return
         in_use = np.flatnonzero(self.visible.any(0))
         unused = slots - 1 - int(in_use[-1]) if len(in_use) else slots
         if unused:
-            for layer in self._layers:
-                if self._snapshots is None or layer not in self._linear:
-                    remove_last(layer, unused)
+            remove_last([x for x in self._layers if self._snapshots is None or x not in self._linear], unused)
             self.visible = self.visible[:, : slots - unused]
 
         needed = int(self.visible.sum(1).max())
+        full = self.runner.slots is not None and slots - unused + room > self.runner.slots
         pays = self._windowed or slots - unused - needed > max(16, COMPACT_AT * needed)
-        if pays and not self._linear and self._misaligned():
+        if (full or pays) and not self._linear and self._misaligned():
             self._compact(needed)
         pending = max(int((self.seen - self.settled).max()), 0)  # a member may lag behind what is settled
         for layer in self._sliding:
@@ -292,13 +313,5 @@ class Member:
         slots = self.visible.shape[1]
         self.visible = np.take_along_axis(self.visible, order, axis=1)
         for layer in self._layers:
-            if not layer.is_initialized:
-                continue
-            held = layer.keys.shape[-2]  # the last ones of `slots`
-            source = torch.from_numpy(np.maximum(order[:, -held:] - (slots - held), 0)).to(layer.keys.device)
-            for name in ("keys", "values"):
-                states = getattr(layer, name)  # [B, heads, held, D]
-                spread = source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                setattr(layer, name, states.gather(2, spread))
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length = length
+            if layer.is_initialized:
+                pick_slots(layer, order, slots)

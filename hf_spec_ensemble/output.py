@@ -7,6 +7,7 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from .ranks import Ranks
 from .trace import Trace
 
 
@@ -100,13 +101,22 @@ class Transcript:
         prompt (`torch.LongTensor` `[B, P]`), stopping_criteria, streamer, pad_token_id (`torch.LongTensor` or `None`):
             As `generate()` prepared them.
         output_scores, output_logits (`bool`): Whether to keep the rows given to `add`.
+        ranks (`Ranks`): The processes that decode together.
     """
 
     def __init__(
-        self, prompt, stopping_criteria: StoppingCriteriaList, streamer, pad_token_id, output_scores, output_logits
+        self,
+        prompt,
+        stopping_criteria: StoppingCriteriaList,
+        streamer,
+        pad_token_id,
+        output_scores,
+        output_logits,
+        ranks: Ranks,
     ):
         self.sequences = prompt
         self.stopping_criteria = stopping_criteria
+        self.ranks = ranks
         self.streamer = streamer
         self.unfinished = np.ones(len(prompt), bool)  # [B]
         self.pad = pad_token_id if pads_finished_rows(stopping_criteria) else None
@@ -145,7 +155,7 @@ class Transcript:
             self.lengths = self.lengths + self.wanted
             self._keep(tokens)
             self.sequences = torch.cat([self.sequences, tokens[:, None]], dim=1)
-            done = self.stopping_criteria(self.sequences, self.scores)
+            done = self.ranks.agree(self.stopping_criteria(self.sequences, self.scores))
             self.unfinished = self.unfinished & ~done.cpu().numpy()
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())

@@ -13,6 +13,7 @@ from .cache import tokens_held
 from .config import EnsembleConfig
 from .drafter import PROMPT_LOOKUP
 from .processing import STATEFUL
+from .ranks import is_sharded
 from .snapshots import READ_ON, can_read_on, needs_snapshots
 
 
@@ -186,6 +187,26 @@ def check_call(
     _check_cache(generation_config, input_ids, model_kwargs)
     if config.speculative:
         _check_speculative(generation_config, model_kwargs)
+
+
+def check_sharding(models: list[PreTrainedModel], config: EnsembleConfig, synced_gpus: bool) -> bool:
+    """
+    Checks that processes with texts of their own do not wait for each other's passes in vain.
+
+    Returns:
+        `bool`: Whether the main model's passes go on until all processes have finished (`synced_gpus`).
+
+    Raises:
+        `ValueError`: if members are sharded whose passes do not go on.
+    """
+    sharded = [is_sharded(model) for model in models]
+    if (synced_gpus and config.speculative) or any(sharded[1:]) or (config.speculative and any(sharded)):
+        raise ValueError(
+            "With weights sharded by FSDP or ZeRO-3 (`synced_gpus`) all processes must make the same passes, which an "
+            "ensemble does for the main model alone, and only the standard one. Load members whole, tensor-parallel "
+            f"(`tp_plan='auto'`), or shard only the main model and use {STANDARD}."
+        )
+    return synced_gpus or sharded[0]
 
 
 def check_media(models: list[PreTrainedModel], encoded: dict | None, media: dict, model_kwargs: dict) -> None:

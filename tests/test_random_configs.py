@@ -56,6 +56,7 @@ class Case:
     processors: dict
     end: str
     max_new_tokens: int
+    cache: str | None  # implementation
     seed: int
 
     @property
@@ -101,7 +102,8 @@ class Case:
         return models[0].generate(
             **self.inputs(), assistant_model=models[1 : self.n], ensemble_config=self.config(**kwargs),
             drafter=models[-1] if self.drafter == "model" else self.drafter, max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.eos, return_dict_in_generate=True, output_scores=True, **self.draw, **self.processors,
+            eos_token_id=self.eos, return_dict_in_generate=True, output_scores=True, cache_implementation=self.cache,
+            **self.draw, **self.processors,
         )  # fmt: skip
 
     def processor_list(self) -> list:
@@ -200,7 +202,8 @@ def cases(draw) -> Case:
         padding=[draw(st.integers(0, length - 1)) if batch > 1 else 0 for _ in range(batch)],
         draw=pick(dict(do_sample=False), sampled),
         processors={name: value for name, value in processors.items() if value is not None},
-        end=pick("never", "one", "often", "at once"), max_new_tokens=max_new_tokens, seed=draw(st.integers(0, 9)),
+        end=pick("never", "one", "often", "at once"), max_new_tokens=max_new_tokens,
+        cache=pick(None, "static"), seed=draw(st.integers(0, 9)),
     )  # fmt: skip
 
 
