@@ -72,9 +72,8 @@ def main(file: str) -> None:
     for layout, sharded, cases in (("both", (True, True), list(CASES)), ("one", (False, True), ["greedy", "sampled"])):
         models = [load(name, parallel) for name, parallel in zip(("reader", "solver"), sharded)]
         if WORLD > 1:  # measured times differ by process
-            moods = random.Random(RANK)
             for model in models:
-                model.register_forward_pre_hook(lambda *_: time.sleep(RANK * moods.random() * 0.002))
+                model.register_forward_pre_hook(lambda *_: time.sleep(RANK * random.random() * 0.002))
         for name in cases:
             results[f"{layout} {name}"] = decode(models, **CASES[name])
         if WORLD > 1:

@@ -14,7 +14,7 @@ from hf_spec_ensemble.bench import plan as planning
 from hf_spec_ensemble.bench.__main__ import main
 from hf_spec_ensemble.bench.sandbox import runs
 from hf_spec_ensemble.bench.scoring import chosen_letter, fenced, final_number, program, same_code
-from hf_spec_ensemble.bench.variants import Variant, parse
+from hf_spec_ensemble.bench.variants import Variant, kind_of, parse, repeats_standard
 from hf_spec_ensemble.demo import FAMILY
 
 
@@ -235,6 +235,24 @@ def test_drafters_reach_generate():
     (variant,) = parse("drafter:some/folder", 2, EnsembleConfig())
     assert variant.arguments(models, {"some/folder": "loaded"})[1]["drafter"] == "loaded"
     assert variant.drafting_model == "some/folder"
+
+
+def test_prefixes_go_in_front_of_ensembles():
+    config = EnsembleConfig()
+    for prefix in ("static:", "compiled:"):
+        for name in ("standard", "auto", "no-alternate", "no-alternate:3", "fixed:4", "fixed:1,2", "drafter:some:1"):
+            (plain,), (variant,) = parse(name, 2, config), parse(prefix + name, 2, config)
+            assert variant == replace(plain, name=prefix + name, prefix=prefix)
+            assert kind_of(variant.name) == kind_of(name) and repeats_standard(variant.name)
+    assert not repeats_standard("standard") and not repeats_standard("member:0")
+    assert report.label("compiled:drafter:some/folder", ["a", "b"]) == "compiled:drafter:folder"
+    assert report.label("compiled:fixed:1", ["a", "b"]) == "compiled:fixed:1"
+
+
+@pytest.mark.parametrize("name", ["members", "assisted:3", "ensemble-weight:3", "static:standard", "", "faster"])
+def test_prefixes_go_in_front_of_nothing_else(name):
+    with pytest.raises(ValueError, match=f"'compiled:{name}': compiled: goes in front of .* standard, auto, "):
+        parse(f"compiled:{name}", 2, EnsembleConfig())
 
 
 @pytest.mark.parametrize("name", ["faster", "fixed", "fixed:0", "fixed:a", "fixed:1,2,3", "assisted:1,2", "drafter:"])
@@ -460,12 +478,15 @@ def test_divergence_is_found_and_measured(tmp_path, monkeypatch, capsys):
         ("--tasks chess", "There is no task 'chess'"),
         ("--compare faster", "'faster' is nothing to compare"),
         ("--compare fixed:1,2,3", "num_assistant_tokens"),
+        ("--compare compiled:members", "goes in front of what decodes the ensemble"),
+        ("--compare auto static:auto --freeze", "--freeze is about compiled passes"),
         ("--temperatures -1", "--temperatures must be >= 0"),
         ("--num-prompts 0", "--num-prompts must be at least 1"),
         ("--batch-sizes 4", "A batch of 4 needs as many prompts"),
         ("--values 1 2", "--values are those of a --curve"),
         ("--dtype int8", "--dtype must be a floating type"),
         ("--device toaster", "--device toaster"),
+        ("--device cuda:99", "torch finds no such device here"),
         ("--max-new-tokens 2000", "exceeds the 1024"),
         ("--tasks gsm8k mmlu", "say whose it is"),
         ("--data-file nowhere.jsonl", "There is no file 'nowhere.jsonl'"),

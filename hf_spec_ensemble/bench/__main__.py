@@ -6,13 +6,20 @@ transformers' own assisted generation, on tasks.
     python -m hf_spec_ensemble.bench --members ./base ./math --tasks gsm8k mmlu --temperatures 0 1 --num-prompts 32
     python -m hf_spec_ensemble.bench --members ./large ./small --method contrastive --compare standard fixed:5 auto
     python -m hf_spec_ensemble.bench --curve batch
+    python -m hf_spec_ensemble.bench --compare auto compiled:standard compiled:auto --freeze
     python -m hf_spec_ensemble.bench --tasks copy --data-file copy=humaneval.jsonl --compare auto drafter:prompt_lookup
 
 The folder --out gets every measurement as JSON lines as it is made (the same command continues after an interrupt, and
 more tasks, variants or prompts may be added), a table in Markdown, and plots.
+
+Several processes share the prompts out among them, on GPUs one each:
+
+    accelerate launch --multi_gpu --num_processes 2 -m hf_spec_ensemble.bench
+    torchrun --nproc-per-node 2 -m hf_spec_ensemble.bench
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +29,7 @@ from transformers.utils import logging
 from ..arguments import add_config_arguments, config_of
 from .measure import Bench, environment
 from .plan import CURVES, Plan, Settings
+from .processes import Process, launch_notes, part_of, parts_of
 from .records import Records
 from .report import write_report
 from .tasks import TASKS
@@ -65,6 +73,10 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--dtype", default=default.dtype)
     where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     where.add_argument("--threads", type=int, help="of torch on the processor")
+    where.add_argument(
+        "--freeze", action="store_true",
+        help="compiled passes with weights packed for them: faster on a CPU, twice the memory",
+    )  # fmt: skip
     where.add_argument("--out", type=Path, default=default.out, help="a folder (default: %(default)s)")
     return made
 
@@ -93,21 +105,35 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads is not None and args.threads >= 1:
         torch.set_num_threads(args.threads)
     try:
+        process = Process.of(os.environ)
+        args.device = process.device(args.device)
         plan = Plan(settings_of(args))
-        header = {"settings": plan.settings.pinned(), "environment": environment(plan.settings)}
-        records = Records(plan.settings.out / "records.jsonl", header)
-        bench = Bench(plan, records)
+        bench = Bench(plan, _records(plan.settings, process), process)
     except ValueError as error:
         made.error(str(error))
-    for note in plan.notes:
+    for note in [*plan.notes, *launch_notes(os.environ)] if process.leads else ():
         print(note)
     try:
-        bench.run()
+        lost = bench.run()
     except KeyboardInterrupt:
-        sys.exit(f"Interrupted. What was measured is in {records.file}; the same command continues.")
-    files = write_report(records, plan.settings.out, plan.notes)
+        sys.exit(f"Interrupted. What was measured is in {bench.records.file}; the same command continues.")
+    if process.leads:
+        _report(bench, [*plan.notes, *lost])
+
+
+def _records(settings: Settings, process: Process) -> Records:
+    """What this process writes to, knowing what all have measured, in earlier runs too."""
+    header = {"settings": settings.pinned(), "environment": environment(settings)}
+    file = settings.out / "records.jsonl"
+    records = Records(part_of(file, process.rank), header)
+    records.take_in([*parts_of(file), file])  # in the order in which merging moves records from the ones to the other
+    return records
+
+
+def _report(bench: Bench, notes: list[str]) -> None:
+    files = write_report(bench.records, bench.settings.out, notes)
     print(files[0].read_text(encoding="utf-8"))
-    print(f"Written: {', '.join(str(file) for file in [records.file, *files])}")
+    print(f"Written: {', '.join(str(file) for file in [bench.records.file, *files])}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 Measures: every variant on every prompt, in turns, each from a call of `generate()` to its return.
 
 The variants take turns prompt by prompt, and who begins changes with each, so that a machine that gets slower or faster
-on the way does so for all. One run of each on the first prompt warms up.
+on the way does so for all. One run of each on the first prompt warms up, after compiling what is compiled.
 """
 
 import hashlib
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from itertools import product
@@ -22,10 +22,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .. import __version__
 from ..arguments import locate
 from ..stopwatch import Stopwatch
+from ..warmup import warmup
 from .plan import Condition, Group, Plan, Settings
+from .processes import Heartbeat, Process, Watch, parts_of
 from .records import Record, Records
 from .tasks import TASKS
-from .variants import STANDARD, Variant, is_speculative
+from .variants import COMPILED, STANDARD, Variant, repeats_standard
+
+
+POLL = 1.0  # seconds between looks at what other processes have measured
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -55,14 +60,16 @@ class Bench:
 
     Args:
         plan (`Plan`), records (`Records`): What to measure, and what has been.
+        process (`Process`, *optional*): Which of those that measure it together this is; by default the only one.
 
     Raises:
         `ValueError`: if a prompt is not the one that the records were made with.
     """
 
-    def __init__(self, plan: Plan, records: Records):
+    def __init__(self, plan: Plan, records: Records, process: Process | None = None):
         self.plan = plan
         self.records = records
+        self.process = process or Process()
         self.settings = plan.settings
         for condition in plan.conditions:
             for _, variant, group, seed, repeat in self._units(condition):
@@ -73,24 +80,69 @@ class Bench:
                         "chat template have changed. Write to another folder with --out."
                     )
 
-    def run(self) -> None:
-        """Measures what is missing, with a progress bar."""
-        units = [unit for condition in self.plan.conditions for unit in self._units(condition)]
+    def run(self) -> list[str]:
+        """
+        Measures what is missing of the process's share, with a progress bar. The process that leads then sees to it
+        that all shares are measured, and merges them.
+
+        Returns:
+            `list[str]`: Notes about processes that were lost.
+        """
+        if not self.process.leads:
+            if self._count_missing(self.process.rank):
+                self.records.begin()
+                with Heartbeat(self.records.file):
+                    self._measure_share(self.process.rank)
+            return []
+        watch = Watch(self.records.file, self.process.others)
+        self._measure_share(self.process.rank)
+        notes = self._await_others(watch)
+        if parts := parts_of(self.records.file):
+            self.records.take_in(parts)
+            self.records.merge(parts)
+        return notes
+
+    def _await_others(self, watch: Watch) -> list[str]:
+        """Until nothing is missing, whatever becomes of the other processes; notes about those that were lost."""
+        notes: list[str] = []
+        waiting = list(self.process.others)
+        while waiting:
+            self.records.take_in(parts_of(self.records.file))
+            for rank in waiting:
+                missing = self._count_missing(rank)
+                if missing and watch.is_lost(rank):
+                    notes.append(f"Process {rank} was lost: process 0 made {missing} of its measurements.")
+                    self._measure_share(rank)
+            waiting = [rank for rank in waiting if self._count_missing(rank)]
+            if waiting:
+                time.sleep(POLL)
+        return notes
+
+    def _measure_share(self, rank: int) -> None:
+        units = [unit for condition in self.plan.conditions for unit in self._units(condition, rank)]
         done = sum(self._is_recorded(*unit) for unit in units)
-        with tqdm(total=len(units), initial=done, unit="run") as bar:
+        name = f"process {self.process.rank}: " if self.process.world > 1 else ""
+        with tqdm(total=len(units), initial=done, unit="run", position=self.process.local_rank or None) as bar:
             for condition in self.plan.conditions:
-                missing = [unit for unit in self._units(condition) if not self._is_recorded(*unit)]
-                bar.set_description(describe(condition))
+                missing = [unit for unit in self._units(condition, rank) if not self._is_recorded(*unit)]
+                bar.set_description(name + describe(condition))
                 self._warm_up(condition, list({variant.name: variant for _, variant, *_ in missing}.values()))
                 for unit in missing:
                     self.records.add(self._measure(*unit))
                     bar.update()
-                self._compare(condition)
+                self._compare(condition, rank)
 
-    def _units(self, condition: Condition) -> list[tuple[Condition, Variant, Group, int, int]]:
-        """What is to be measured, in order: `(condition, variant, group, seed, repeat)`."""
+    def _count_missing(self, rank: int) -> int:
+        """How many measurements of a process's share there are not: runs, or when all are made, gaps."""
+        units = [unit for condition in self.plan.conditions for unit in self._units(condition, rank)]
+        runs = sum(not self._is_recorded(*unit) for unit in units)
+        return runs or sum(len(list(self._divergences(condition, rank))) for condition in self.plan.conditions)
+
+    def _units(self, condition: Condition, rank: int | None = None) -> list[tuple[Condition, Variant, Group, int, int]]:
+        """What is to be measured, or a process's share, in order: `(condition, variant, group, seed, repeat)`."""
         variants = self.plan.variants(condition)
-        turns = product(range(self.settings.repeats), self.plan.seeds(condition), self.plan.groups(condition))
+        groups = [g for g in self.plan.groups(condition) if rank is None or self.process.rank_of(g.index) == rank]
+        turns = product(range(self.settings.repeats), self.plan.seeds(condition), groups)
         units = []
         for turn, (repeat, seed, group) in enumerate(turns):
             first = turn % len(variants)
@@ -116,7 +168,22 @@ class Bench:
     def _warm_up(self, condition: Condition, variants: Sequence[Variant]) -> None:
         group = self.plan.groups(condition)[0]
         for variant in variants:
+            if variant.prefix == COMPILED:
+                self._compile(condition, variant)
             self._generate(condition, variant, group.prompts, self.settings.seeds[0])
+
+    def _compile(self, condition: Condition, variant: Variant) -> None:
+        """Compiles a variant's passes, as far as no other has done so, and records how long that took."""
+        drafting = [] if variant.drafting_model is None else [self._models[variant.drafting_model]]
+        seconds = warmup(
+            [*self._members(condition), *drafting],
+            max_length=self.plan.longest_text(condition),
+            batch_size=condition.batch_size,
+            compile_config=self.plan.compile_config,
+        )
+        key = {"kind": "warmup", **condition.key, "variant": variant.name}
+        if key not in self.records:  # a run that is continued compiles again
+            self.records.add(key | {"seconds": sum(seconds), "member_seconds": seconds})
 
     def _measure(self, condition: Condition, variant: Variant, group: Group, seed: int, repeat: int) -> Record:
         seconds, output, passes = self._generate(condition, variant, group.prompts, seed)
@@ -125,6 +192,7 @@ class Bench:
         texts = self.plan.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return {
             **_key(condition, variant.name, group, seed, repeat),
+            "processes": self.process.world,
             "prompt": _digest(group),
             "prompt_tokens": [len(ids) for ids in group.prompts],
             "seconds": seconds,
@@ -167,7 +235,7 @@ class Bench:
         arguments |= {"max_new_tokens": self.settings.max_new_tokens, "return_dict_in_generate": True}
         if condition.prompt_length is not None and self._ends:  # a prompt that was cut may end the text at once
             arguments["suppress_tokens"] = self._ends
-        arguments |= self._padding | _sampling(condition.temperature) | more
+        arguments |= self._caches(condition, variant) | self._padding | _sampling(condition.temperature) | more
         inputs = _batch(prompts, self._padding["pad_token_id"], model.device)
         with variant.prepared(members), Passes([] if variant.config else members) as passes:
             torch.manual_seed(seed)
@@ -177,6 +245,15 @@ class Bench:
             _synchronize(model.device)
             seconds = time.perf_counter() - start
         return seconds, output, passes
+
+    def _caches(self, condition: Condition, variant: Variant) -> dict[str, Any]:
+        """Arguments of `generate()` for static caches, one size for all prompts, and compiled passes."""
+        if not variant.prefix:
+            return {}
+        static = {"cache_implementation": "static", "max_cache_len": self.plan.longest_text(condition)}
+        if variant.prefix == COMPILED:
+            return static | {"compile_config": self.plan.compile_config}
+        return static | {"disable_compile": True}  # which a GPU would do unasked
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -195,12 +272,17 @@ class Bench:
 
     # What the texts of greedy variants of the ensemble have to do with the standard ensemble's
 
-    def _compare(self, condition: Condition) -> None:
+    def _compare(self, condition: Condition, rank: int) -> None:
         """Records where greedy texts leave the standard ensemble's, and how close the decision was there."""
+        for key, ids in list(self._divergences(condition, rank)):
+            self.records.add(key | {"gap": self._gap(condition, ids)})
+
+    def _divergences(self, condition: Condition, rank: int) -> Iterator[tuple[Record, list[int]]]:
+        """Those of a process's share that are not recorded, without gaps, and the ids up to where texts differ."""
         if condition.temperature > 0:
             return
-        for _, variant, group, seed, repeat in self._units(condition):
-            if not is_speculative(variant.name):
+        for _, variant, group, seed, repeat in self._units(condition, rank):
+            if not repeats_standard(variant.name):
                 continue
             standard = self.records[_key(condition, STANDARD, group, seed, repeat)]["tokens"]
             own = self.records[_key(condition, variant.name, group, seed, repeat)]["tokens"]
@@ -208,8 +290,7 @@ class Bench:
                 key = _key(condition, variant.name, group, seed, repeat) | {"kind": "divergence", "row": row}
                 if expected != got and key not in self.records:
                     position = first_difference(expected, got)
-                    gap = self._gap(condition, [*group.prompts[row], *expected[:position]])
-                    self.records.add(key | {"position": position, "gap": gap})
+                    yield key | {"position": position}, [*group.prompts[row], *expected[:position]]
 
     def _gap(self, condition: Condition, ids: list[int]) -> float:
         """By how much the ensemble's most probable next token leads, in log-probability."""
@@ -317,4 +398,4 @@ def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
 def _synchronize(device: torch.device) -> None:
     """Waits for what runs on the device."""
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)

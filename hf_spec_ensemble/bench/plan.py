@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, CompileConfig
 
 from ..arguments import locate
 from ..config import EnsembleConfig
 from .sandbox import can_run
 from .tasks import TASKS, Row, encode, load_rows
-from .variants import STANDARD, TAKE_LENGTHS, Variant, parse
+from .variants import COMPILED, STANDARD, TAKE_LENGTHS, Variant, parse, split
 
 
 COMPARED = (
@@ -55,6 +55,7 @@ class Settings:
         max_new_tokens, num_prompts, repeats (`int`): A repeat measures the same text again.
         curve (`str`, *optional*): What to vary instead, one of `CURVES`, over `values`.
         dtype, device (`str`), threads (`int`, *optional*): As torch names them; torch's default number of threads.
+        freeze (`bool`): Whether compiled passes have weights packed for them.
         run_model_code (`bool`): Whether tasks may run the code that models write, to score it.
         out (`Path`): The folder of records, table and plots.
     """
@@ -77,6 +78,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int | None = None
+    freeze: bool = False
     run_model_code: bool = False
     out: Path = Path("bench-results")
 
@@ -91,6 +93,7 @@ class Settings:
             "max_new_tokens": self.max_new_tokens,
             "curve": self.curve,
             "dtype": self.dtype,
+            "freeze": self.freeze,
             "run_model_code": self.run_model_code,
         }
 
@@ -137,6 +140,7 @@ class Plan:
         self._check()
         self.conditions = self._conditions()
         self._variants = {condition: self._variants_in(condition) for condition in self.conditions}
+        self._check_freeze()
         self.tokenizer = _read(AutoTokenizer, settings.members[0])
         self.longest = self._longest()
         self._prompts = {task: self._read_task(task) for task in settings.tasks}
@@ -156,6 +160,17 @@ class Plan:
             Group(i, tuple(rows[i * size : (i + 1) * size]), tuple(tuple(ids) for ids in prompts[i * size :][:size]))
             for i in range(len(rows) // size)
         ]
+
+    def longest_text(self, condition: Condition) -> int:
+        """What static caches must hold: of all tasks, so that prompts share what is compiled, prompt included."""
+        prompts = (ids for _, prompts in self._prompts.values() for ids in prompts)
+        return (condition.prompt_length or max(map(len, prompts))) + self.settings.max_new_tokens
+
+    @cached_property
+    def compile_config(self) -> CompileConfig:
+        """How passes are compiled."""
+        # `mode` names a set of options, and excludes any of one's own
+        return CompileConfig(mode=None, options={"freezing": True}) if self.settings.freeze else CompileConfig()
 
     def seeds(self, condition: Condition) -> list[int]:
         return self.settings.seeds if condition.temperature > 0 else self.settings.seeds[:1]
@@ -195,8 +210,11 @@ class Plan:
             cuda = torch.device(s.device).type == "cuda"
         except RuntimeError as error:
             raise ValueError(f"--device {s.device}: {error}") from None
-        if cuda and not torch.cuda.is_available():
-            raise ValueError(f"--device {s.device}: torch finds no such device here.")
+        if cuda and (torch.device(s.device).index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"--device {s.device}: torch finds no such device here. Of several processes on a machine each takes "
+                "a GPU of its own, unless --device says which."
+            )
         if s.run_model_code and not can_run():
             raise ValueError("--run-model-code needs limits of the operating system that this one does not have.")
         needed = {"matplotlib": True, "rouge_score": "cnn_dailymail" in s.tasks}
@@ -204,6 +222,11 @@ class Plan:
         missing = [name for name, is_needed in needed.items() if is_needed and importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f"This needs {', '.join(missing)}: pip install 'hf_spec_ensemble[bench]'.")
+
+    def _check_freeze(self) -> None:
+        compiled = any(v.prefix == COMPILED for variants in self._variants.values() for v in variants)
+        if self.settings.freeze and not compiled:
+            raise ValueError(f"--freeze is about compiled passes, but nothing in --compare has the prefix {COMPILED}")
 
     def _conditions(self) -> list[Condition]:
         s = self.settings
@@ -234,7 +257,9 @@ class Plan:
         s = self.settings
         names = s.compare or (COMPARED if s.curve is None else COMPARED_IN_CURVES[s.curve])
         if s.curve == "proposal-length":
-            names = [x for n in names for x in ([f"{n}:{k}" for k in self.values] if n in TAKE_LENGTHS else [n])]
+            names = [
+                x for n in names for x in ([f"{n}:{k}" for k in self.values] if split(n)[1] in TAKE_LENGTHS else [n])
+            ]
         variants: dict[str, Variant] = {}
         for name in dict.fromkeys([STANDARD, *names]):
             parsed = parse(name, condition.members, s.config, condition.batch_size)

@@ -154,7 +154,7 @@ def _times(summaries: Sequence[Summary], records: Records) -> Figure:
                 if seconds > 0:
                     entries[name] = axis.barh(place, 1000 * seconds, left=1000 * left, color=colour)
                     left += seconds
-        names = [f"{label(s.variant, members)}{'*' if s.variant == STANDARD else ''}" for s in own]
+        names = [f"{label(s.variant, members)}{'*' if kind_of(s.variant) == STANDARD else ''}" for s in own]
         axis.set_yticks(range(len(own)), names)
         axis.invert_yaxis()
         axis.set_xlabel("milliseconds for a token")
@@ -204,5 +204,5 @@ def _series(summary: Summary, curve: str) -> tuple[str, int | None]:
     """The line that a summary belongs to, and its place on it; `None` if it has none of its own."""
     if curve != "proposal-length":
         return summary.variant, getattr(summary.condition, COLUMN_OF_CURVE[curve])
-    length = summary.variant.partition(":")[2]
-    return (kind_of(summary.variant), int(length)) if length.isdigit() else (summary.variant, None)
+    name, _, length = summary.variant.rpartition(":")
+    return (name, int(length)) if length.isdigit() else (summary.variant, None)

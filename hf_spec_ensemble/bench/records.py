@@ -5,6 +5,8 @@ another is refused, for numbers of different settings or versions do not belong 
 """
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ KEY = ("kind", *CONDITION, "variant", "group", "seed", "repeat", "row")
 
 
 def key_of(record: Record) -> tuple:
-    """What determines a record; `row` only of divergences."""
+    """What determines a record; `row` is only of divergences, and what compiling took is of no prompt."""
     return tuple(record.get(name) for name in KEY)
 
 
 class Records:
     """
-    A file of records, new or continued.
+    A file of records, new or continued. It is made with the first of them.
 
     Args:
         file (`Path`): JSON lines.
@@ -45,12 +47,10 @@ class Records:
     def __init__(self, file: Path, header: Record):
         self.file = file
         self.header = header
-        self._records: dict[tuple, Record] = {}
-        if file.is_file() and file.stat().st_size:
-            self._read()
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"kind": "header", **header})
+        whole, cut_off = _whole_lines(file)
+        self._records = self._parsed(file, whole)
+        if cut_off:
+            os.truncate(file, len(whole))  # not written anew: other processes may be reading
 
     def __contains__(self, key: Record) -> bool:
         return key_of(key) in self._records
@@ -66,30 +66,68 @@ class Records:
         self._records[key_of(record)] = record
         self._append(record)
 
-    def _append(self, record: Record) -> None:
-        with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+    def begin(self) -> None:
+        """Makes the file, if there is none, with the header alone."""
+        if not (self.file.is_file() and self.file.stat().st_size):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(_line({"kind": "header", **self.header}), encoding="utf-8")
 
-    def _read(self) -> None:
-        text = self.file.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):  # the last line was cut off
-            self.file.write_bytes(whole)
-        lines = whole.decode().splitlines()
-        if not lines:
-            self._append({"kind": "header", **self.header})
-            return
+    def take_in(self, files: Sequence[Path]) -> None:
+        """
+        Knows what other files hold too, which other processes may be writing to, without writing it.
+
+        Raises:
+            `ValueError`: if a file has another header.
+        """
+        for file in files:
+            for key, record in self._parsed(file, _whole_lines(file)[0]).items():
+                self._records.setdefault(key, record)
+
+    def merge(self, files: Sequence[Path]) -> None:
+        """Writes all that is known to the file, at once, and removes those that it was taken in from."""
+        temporary = self.file.with_suffix(".merging")
+        with temporary.open("w", encoding="utf-8") as lines:
+            lines.writelines(map(_line, [{"kind": "header", **self.header}, *self._records.values()]))
+            lines.flush()
+            os.fsync(lines.fileno())
+        os.replace(temporary, self.file)
+        for file in files:
+            file.unlink(missing_ok=True)
+
+    def _append(self, record: Record) -> None:
+        self.begin()
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(_line(record))
+
+    def _parsed(self, file: Path, text: bytes) -> dict[tuple, Record]:
+        """The records of a file's lines, if its header is ours."""
+        if not text:
+            return {}
         try:
-            header, *records = [json.loads(line) for line in lines]
+            header, *records = [json.loads(line) for line in text.decode().splitlines()]
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.file} is not a file of records: {error}.") from None
+            raise ValueError(f"{file} is not a file of records: {error}.") from None
         differences = _differences(header, {"kind": "header", **json.loads(json.dumps(self.header))})
         if differences:
             raise ValueError(
-                f"{self.file} holds measurements that were made otherwise: {'; '.join(differences)}. Numbers of both "
+                f"{file} holds measurements that were made otherwise: {'; '.join(differences)}. Numbers of both "
                 "do not belong into one table: write to another folder with --out."
             )
-        self._records = {key_of(record): record for record in records}
+        return {key_of(record): record for record in records}
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _whole_lines(file: Path) -> tuple[bytes, bool]:
+    """A file's lines, and whether there is another that is not written to its end. None of a file that is not there."""
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        return b"", False
+    whole = text[: text.rfind(b"\n") + 1]
+    return whole, len(whole) < len(text)
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

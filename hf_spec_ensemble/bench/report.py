@@ -11,7 +11,7 @@ import numpy as np
 from .plan import Condition, short_names
 from .records import CONDITION, Record, Records
 from .tasks import TASKS
-from .variants import NOTES, STANDARD, is_speculative, kind_of
+from .variants import NOTES, STANDARD, kind_of, repeats_standard, split
 
 
 RESAMPLES = 2000
@@ -43,7 +43,7 @@ class Summary:
         speedup (`Interval`): Of the ratios of prompts, the standard ensemble's time for a token by the variant's.
         tokens_per_second (`Interval`): Over prompts.
         passes, acceptance (`list`): Forward passes for each new token; accepted of verified proposals.
-        member_seconds, overhead_seconds: For each new token. For the standard ensemble the overhead is part of the
+        member_seconds, overhead_seconds: For each new token. For standard ensembles the overhead is part of the
             main model's.
         overhead (`float`, *optional*): Its share.
         predicted (`float`, *optional*): The speed-up that the ensemble itself expected.
@@ -99,7 +99,7 @@ def summarise(records: Records) -> list[Summary]:
         for variant, own in variants.items():
             paired = [record for record in own if _turn(record) in standard]  # all, but for an interrupted run
             if paired:
-                comparable = is_speculative(variant) and (condition.temperature == 0 or repeatable)
+                comparable = repeats_standard(variant) and (condition.temperature == 0 or repeatable)
                 texts = [
                     a == b
                     for record in paired
@@ -132,7 +132,7 @@ def _summary(condition, variant, runs, standard, texts, gaps) -> Summary:
         acceptance=[kept / tried if tried else None for kept, tried in zip(accepted, verified)],
         member_seconds=[seconds / tokens for seconds in member_seconds],
         overhead_seconds=(loop_seconds - sum(member_seconds)) / tokens,
-        overhead=None if variant == STANDARD else 1 - sum(member_seconds) / loop_seconds,
+        overhead=None if kind_of(variant) == STANDARD else 1 - sum(member_seconds) / loop_seconds,
         predicted=statistics.median(predictions) if predictions else None,
         score=statistics.mean(scores) if scores else None,
         identical=(sum(texts), len(texts)) if texts else None,
@@ -142,10 +142,11 @@ def _summary(condition, variant, runs, standard, texts, gaps) -> Summary:
 
 def label(variant: str, members: Sequence[str]) -> str:
     """What a table calls a variant, with the members' short names."""
-    kind, _, rest = variant.partition(":")
+    prefix, name = split(variant)
+    kind, _, rest = name.partition(":")
     if kind == "member":
         return f"{members[int(rest)]} alone"
-    return f"drafter:{short_names([rest])[0]}" if kind == "drafter" else variant
+    return f"{prefix}drafter:{short_names([rest])[0]}" if kind == "drafter" else variant
 
 
 def members_of(records: Records, condition: Condition) -> list[str]:
@@ -165,7 +166,7 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
     lines += [f"- ensemble: {', '.join(f'{name} = {value}' for name, value in config.items())}"]
     lines += [f"- at most {settings['max_new_tokens']} new tokens, {settings['dtype']}"]
     lines += [f"- {', '.join(f'{name}: {value}' for name, value in environment.items())}"]
-    lines += [f"- {note}" for note in notes]
+    lines += [f"- {note}" for note in [*notes, *_circumstances(records)]]
     lines += ["", "## Speed-up over the standard ensemble", "", *_overview(summaries, records)]
     lines += [
         "",
@@ -179,12 +180,27 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
     lines += [
         "",
         "Passes per token, acceptance: by member, a drafter's last. Overhead: the share of time outside forward passes "
-        "(not told apart for the standard ensemble). Text: whether it is the standard ensemble's; where it is not, the "
+        "(not told apart for standard ensembles). Text: whether it is the standard ensemble's; where it is not, the "
         "gap is the lead, in log-probability, of its most probable token at the first difference.",
     ]
     kinds = dict.fromkeys(kind_of(summary.variant) for summary in summaries)
     lines += [f"\n{mark} {NOTES[kind]}" for kind, mark in _marks(kinds).items()]
     return "\n".join(lines) + "\n"
+
+
+def _circumstances(records: Records) -> list[str]:
+    """What the records tell of how they were made, as notes."""
+    notes = []
+    compiling = [record["seconds"] for record in records.of_kind("warmup")]
+    if compiling:
+        notes.append(f"Compiling took {sum(compiling):.0f} s, which no time below contains.")
+    processes = max((record.get("processes", 1) for record in records.of_kind("run")), default=1)
+    if processes > 1:
+        notes.append(
+            f"Measured by up to {processes} processes at once. Where they share a processor they slow each other down: "
+            "every ratio is of times of one process, but tokens/s are not those of a process on its own."
+        )
+    return notes
 
 
 def _overview(summaries: Sequence[Summary], records: Records) -> list[str]:

@@ -11,10 +11,13 @@ from ..config import EnsembleConfig
 
 
 STANDARD = "standard"
+SPECULATIVE = ("auto", "no-alternate", "fixed", "drafter")
 TAKE_LENGTHS = ("fixed", "no-alternate", "assisted", "ensemble-weight")
+STATIC, COMPILED = "static:", "compiled:"
 NAMES = """\
 members (each alone), standard, auto, no-alternate or no-alternate:K, fixed:K or fixed:K,K,.. (one for each member),
-drafter:prompt_lookup, drafter:FOLDER, assisted:K and ensemble-weight:K (transformers' own)"""
+drafter:prompt_lookup, drafter:FOLDER, assisted:K and ensemble-weight:K (transformers' own); in front of what decodes
+the ensemble, static: (over static caches) or compiled: (compiled passes over these), as in compiled:fixed:1,1"""
 
 NOTES = {
     "assisted": "transformers' assisted generation of the first two members: the text is the main model's, not the "
@@ -24,20 +27,38 @@ NOTES = {
 }
 
 
+def split(name: str) -> tuple[str, str]:
+    """
+    A name's prefix, empty if it has none, and the rest.
+
+    >>> from hf_spec_ensemble.bench.variants import split
+
+    >>> split("compiled:fixed:5"), split("fixed:5")
+    (('compiled:', 'fixed:5'), ('', 'fixed:5'))
+    """
+    prefix = next((prefix for prefix in (STATIC, COMPILED) if name.startswith(prefix)), "")
+    return prefix, name.removeprefix(prefix)
+
+
 def kind_of(name: str) -> str:
-    """`"fixed"` of `"fixed:5"`."""
-    return name.partition(":")[0]
+    """`"fixed"` of `"fixed:5"` and of `"compiled:fixed:5"`."""
+    return split(name)[1].partition(":")[0]
 
 
 def is_speculative(name: str) -> bool:
-    """Whether a variant decodes the ensemble speculatively, so that its greedy text is the standard ensemble's."""
-    return kind_of(name) in ("auto", "fixed", "no-alternate", "drafter")
+    """Whether a variant decodes the ensemble speculatively."""
+    return kind_of(name) in SPECULATIVE
+
+
+def repeats_standard(name: str) -> bool:
+    """Whether a variant decodes the ensemble in another way than `standard` does, so that its text is the same."""
+    return name != STANDARD and (is_speculative(name) or kind_of(name) == STANDARD)
 
 
 @dataclass(frozen=True)
 class Variant:
     """
-    One thing that is compared; one of the optional fields is set.
+    One thing that is compared; one of `alone`, `config` and `assisted` is set.
 
     Args:
         name (`str`): As `--compare` takes it.
@@ -46,6 +67,7 @@ class Variant:
         drafter (`str`, *optional*): What drafts for that ensemble: `"prompt_lookup"`, or a model's folder or name.
         assisted (`int`, *optional*): The proposal length of transformers' own assisted generation.
         weight (`float`, *optional*): The main model's, for `assistant_ensemble_weight` in that.
+        prefix (`str`): `"static:"` or `"compiled:"`, of an ensemble over static caches or compiled passes.
     """
 
     name: str
@@ -54,6 +76,7 @@ class Variant:
     drafter: str | None = None
     assisted: int | None = None
     weight: float | None = None
+    prefix: str = ""
 
     @property
     def drafting_model(self) -> str | None:
@@ -115,6 +138,15 @@ def parse(name: str, members: int, config: EnsembleConfig, batch_size: int = 1) 
     >>> parse("assisted:5", 2, EnsembleConfig(), batch_size=4)
     'transformers decodes only one prompt at a time in assisted generation'
     """
+    prefix, unprefixed = split(name)
+    if prefix:
+        if unprefixed.partition(":")[0] not in (STANDARD, *SPECULATIVE):
+            raise ValueError(
+                f"{name!r}: {prefix} goes in front of what decodes the ensemble, which is standard, auto, "
+                "no-alternate, no-alternate:K, fixed:K and drafter:X."
+            )
+        made = parse(unprefixed, members, config, batch_size)
+        return [replace(variant, name=prefix + variant.name, prefix=prefix) for variant in made]
     kind, _, rest = name.partition(":")
     if kind == "members" and not rest:
         return [Variant(f"member:{i}", alone=i) for i in range(members)]
