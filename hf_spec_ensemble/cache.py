@@ -141,7 +141,7 @@ def can_roll_back(model: PreTrainedModel, cache: Cache) -> bool:
     """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if isinstance(own, StaticCache):
-        known, works = (StaticLayer,), not needs_snapshots(model) and not own.offloading
+        known, works = (StaticLayer,), not needs_snapshots(model)
     else:
         known = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
         works = isinstance(own, DynamicCache) and (not needs_snapshots(model) or can_read_on(model))

@@ -4,6 +4,7 @@ the standard ensemble through transformers' own loops."""
 import copy
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -376,12 +377,11 @@ def _standard(
     check_prompt(input_ids, [model, *assistants])
     max_length = stopping_criteria.max_length or generation_config.max_length
     running = Running.of(generation_config, model_kwargs.get("past_key_values"), max_length, input_ids.device)
-    stepped = None
+    stepper = None
     if running.compile_config is not None and beams == 1:
-        model_kwargs = _without_fresh_static_cache(model_kwargs)
-        given = model_kwargs.get("past_key_values")
-        stepped = running.runner(model, len(input_ids), given)
-        model_kwargs = {**model_kwargs, "past_key_values": given or stepped.new_cache()}
+        given = _without_fresh_static_cache(model_kwargs).get("past_key_values")
+        stepper = Stepper(running.runner(model, len(input_ids), given), given)
+        model_kwargs = {**model_kwargs, "past_key_values": stepper.cache}
     pad = generation_config._pad_token_tensor
     ensemble = EnsembleLogitsProcessor.for_generate(
         model,
@@ -418,13 +418,11 @@ def _standard(
     with all_locks_of([model, *assistants]):
         if beams > 1:
             return model._beam_search(input_ids, **arguments)
-        sampling = model if stepped is None else Stepper(stepped)
-        output = model._sample.__func__(sampling, input_ids, streamer=streamer, **arguments)
+        sample = model._sample if stepper is None else partial(model._sample.__func__, stepper)
+        output = sample(input_ids, streamer=streamer, **arguments)
     ensemble.close()
-    if stepped is not None and given is None:
-        if isinstance(output, dict):
-            output["past_key_values"] = stepped.released(output["past_key_values"])
-        stepped.take_back(model_kwargs["past_key_values"])
+    if stepper is not None:
+        stepper.finish(output)
     if not isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)):
         return output
     if shares_noise and output.scores is not None:

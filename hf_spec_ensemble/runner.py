@@ -197,10 +197,13 @@ class Stepper:
 
     Args:
         runner (`CompiledRunner`): Of the model.
+        cache (`Cache`, *optional*): The caller's, if there is one; else the runner has one to lend.
     """
 
-    def __init__(self, runner: CompiledRunner):
+    def __init__(self, runner: CompiledRunner, cache: Cache | None = None):
         self.runner = runner
+        self._lent = cache is None
+        self.cache = runner.new_cache() if cache is None else cache
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner.model, name)
@@ -215,6 +218,13 @@ class Stepper:
     def _step(self, return_dict: bool = True, logits_to_keep: int = 1, **inputs) -> CausalLMOutputWithPast:
         logits, _ = self.runner.run(inputs, inputs["input_ids"].shape[1])
         return CausalLMOutputWithPast(logits=logits, past_key_values=inputs["past_key_values"])
+
+    def finish(self, output: Any) -> None:
+        """The loop is over, and this is what it returned: no later call may write into a cache among that."""
+        if self._lent:
+            if isinstance(output, dict):
+                output["past_key_values"] = self.runner.released(self.cache)
+            self.runner.take_back(self.cache)
 
 
 @dataclass(frozen=True)
@@ -237,8 +247,14 @@ class Running:
         """
         As the call's `cache_implementation`, `max_cache_len`, `compile_config` and `disable_compile` say, by the rules
         of `generate()`: with static caches, on a GPU, passes are compiled unless that is disabled.
+
+        Raises:
+            `ValueError`: if they do not go together, or with an ensemble.
         """
-        static = isinstance(getattr(cache, "self_attention_cache", cache), StaticCache)
+        own = getattr(cache, "self_attention_cache", cache)
+        static = isinstance(own, StaticCache)
+        if static and own.offloading:
+            raise ValueError("Static caches that are offloaded are not supported with an ensemble: use 'static'.")
         config = None if generation_config.disable_compile else generation_config.compile_config
         if config is not None and not static:
             raise ValueError(

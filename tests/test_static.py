@@ -154,6 +154,14 @@ def test_a_static_cache_must_have_room():
     assert out.past_key_values is cache
 
 
+@pytest.mark.parametrize("speculative", [True, False])
+def test_offloaded_static_caches_are_refused(speculative):
+    with pytest.raises(ValueError, match="offloaded are not supported"):
+        generate(
+            members("llama", 2), prompts(1), dict(speculative=speculative), cache_implementation="offloaded_static"
+        )
+
+
 def test_a_shifting_window_is_refused():
     models = members("gemma3", 2)
     cache = StaticCache(models[0].config, max_cache_len=100)  # transformers' own shifts
