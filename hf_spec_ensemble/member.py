@@ -171,7 +171,7 @@ class Member:
             chunk, use_cache=True, is_first_iteration=first_pass, **kwargs
         )
         keep = width - (self.prompt_length - 1 - held if first_pass else 0)
-        if self._takes_logits_to_keep and keep < width:
+        if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
         with self._lock, self._within_windows():
             self.stopwatch.start()

@@ -215,7 +215,9 @@ class Stepper:
         """What a loop calls after the prompt."""
         return self._step
 
-    def _step(self, return_dict: bool = True, logits_to_keep: int = 1, **inputs) -> CausalLMOutputWithPast:
+    def _step(self, return_dict: bool = True, **inputs) -> CausalLMOutputWithPast:
+        if "logits_to_keep" in inputs:  # last, as it is in a member's passes: graphs tell orders apart
+            inputs["logits_to_keep"] = inputs.pop("logits_to_keep")
         logits, _ = self.runner.run(inputs, inputs["input_ids"].shape[1])
         return CausalLMOutputWithPast(logits=logits, past_key_values=inputs["past_key_values"])
 

@@ -27,6 +27,7 @@ CASES = {
     "maximal": dict(
         rows=2, do_sample=True, max_new_tokens=40, config=dict(coupling="maximal", num_assistant_tokens=2)
     ),
+    "short": dict(rows=1, do_sample=True, max_new_tokens=40),
     "batch": dict(rows=2, do_sample=True, max_new_tokens=40),
     "drafted": dict(rows=1, do_sample=False, max_new_tokens=40, drafter="prompt_lookup"),
     "static": dict(rows=2, do_sample=False, max_new_tokens=40, cache_implementation="static"),
@@ -67,21 +68,22 @@ def decode(models, rows: int, config: dict | None = None, **kwargs) -> list[list
     )
 
 
-def main(file: str) -> None:
-    results = {}
-    for layout, sharded, cases in (("both", (True, True), list(CASES)), ("one", (False, True), ["greedy", "sampled"])):
+def results() -> dict[str, list[list[int]]]:
+    """Texts by layout of the members and case. What a clock ends is there only with several processes."""
+    found = {}
+    for layout, sharded, cases in (("both", (True, True), list(CASES)), ("one", (False, True), ["short"])):
         models = [load(name, parallel) for name, parallel in zip(("reader", "solver"), sharded)]
         if WORLD > 1:  # measured times differ by process
             for model in models:
                 model.register_forward_pre_hook(lambda *_: time.sleep(RANK * random.random() * 0.002))
         for name in cases:
-            results[f"{layout} {name}"] = decode(models, **CASES[name])
+            found[f"{layout} {name}"] = decode(models, **CASES[name])
         if WORLD > 1:
             slow = StoppingCriteriaList([Late(0.4 + 0.4 * RANK)])
-            results[f"{layout} stopped"] = decode(models, rows=1, max_new_tokens=2000, stopping_criteria=slow)
-    with open(f"{file}.{RANK}", "w") as out:
-        json.dump(results, out)
+            found[f"{layout} stopped"] = decode(models, rows=1, max_new_tokens=2000, stopping_criteria=slow)
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with open(f"{sys.argv[1]}.{RANK}", "w") as out:
+        json.dump(results(), out)

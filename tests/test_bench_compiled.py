@@ -1,6 +1,7 @@
 """The benchmark's variants over static caches and with compiled passes."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 from test_bench import arguments, lines_of, runs_of
@@ -9,6 +10,7 @@ from transformers import CompileConfig
 from hf_spec_ensemble.bench import Plan, Settings, measure
 from hf_spec_ensemble.bench.__main__ import main, parser, settings_of
 from hf_spec_ensemble.runner import Graphs
+from hf_spec_ensemble.warmup import warmup
 
 
 @pytest.fixture
@@ -39,6 +41,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(measure.Bench, "_measure", measured)
     monkeypatch.setattr(measure.Bench, "_caches", asked)
     monkeypatch.setattr(Graphs, "run", counted)
+    monkeypatch.setattr(measure, "warmup", partial(warmup, widths=(1, 2)))
     return seen
 
 

@@ -14,7 +14,6 @@ from transformers import (
     LogitsProcessor,
     MambaConfig,
     MambaForCausalLM,
-    StaticCache,
     StoppingCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -429,7 +428,6 @@ REFUSED = {
         "`output_hidden_states=True`",
     ),
     "no cache": (dict(use_cache=False), ValueError, "leave out `use_cache=False`"),
-    "static cache": (dict(cache_implementation="static"), ValueError, "StaticCache"),
     "other method": (
         dict(prompt_lookup_num_tokens=3),
         ValueError,
@@ -449,14 +447,6 @@ def test_refused_before_the_first_forward_pass(pair, no_forward, case):
     call = dict(assistant_model=pair[1], ensemble_config=se.EnsembleConfig(), **GREEDY) | kwargs
     with pytest.raises(error, match=message):
         pair[0].generate(**prompts(1), **call)
-
-
-def test_a_static_cache_object_is_refused(pair, no_forward):
-    cache = StaticCache(config=pair[0].config, max_cache_len=64)
-    with pytest.raises(ValueError, match="takes back rejected tokens, which .*StaticCache"):
-        pair[0].generate(
-            **prompts(1), past_key_values=cache, assistant_model=pair[1], ensemble_config=ensemble(), **GREEDY
-        )
 
 
 @pytest.mark.parametrize("speculative", BOTH)

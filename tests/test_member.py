@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, PAD, VOCAB, prompts, tiny
 from transformers import DynamicCache, StaticCache
 
-from hf_spec_ensemble.cache import can_roll_back
+from hf_spec_ensemble.cache import can_roll_back, empty_cache
 from hf_spec_ensemble.member import Member
 
 
@@ -82,8 +82,10 @@ def test_hidden_slots_stay_few():
     assert member.cache.get_seq_length() < 1.5 * longest + 24
 
 
-def test_only_growing_caches_roll_back():
-    model = tiny()
+def test_which_caches_roll_back():
+    model, sliding = tiny(), tiny("gemma3")
     assert can_roll_back(model, DynamicCache(config=model.config))
-    assert can_roll_back(model, DynamicCache(config=tiny("gemma3").config))
-    assert not can_roll_back(model, StaticCache(config=model.config, max_cache_len=8))
+    assert can_roll_back(sliding, DynamicCache(config=sliding.config))
+    assert can_roll_back(model, StaticCache(config=model.config, max_cache_len=8))
+    assert can_roll_back(sliding, empty_cache(sliding, 8))
+    assert not can_roll_back(sliding, StaticCache(config=sliding.config, max_cache_len=8))
