@@ -72,15 +72,17 @@ def small_members(n: int, family: str = "llama") -> list:
     return [copy.deepcopy(model).float() for model in members(family, n, vocab=VOCAB)]
 
 
-# Half of all combinations, the one in which any three of prompts, roles, coupling and shape meet in every way
+# Half of all combinations, the one in which any three of prompts, roles, coupling and shape meet in every way; of three
+# members again half, another one for every second method
 CASES = [
     (name, n, prompts, alternate, coupling, shaped)
-    for name, n in itertools.product(["weighted", "weighted logits", "product", "contrastive", "callable"], (2, 3))
-    for prompts, alternate, coupling, shaped in itertools.product(
-        (1, 3), (True, False), ("maximal", "gumbel"), (False, True)
+    for i, name in enumerate(["weighted", "weighted logits", "product", "contrastive", "callable"])
+    for n, prompts, alternate, coupling, shaped in itertools.product(
+        (2, 3), (1, 3), (True, False), ("maximal", "gumbel"), (False, True)
     )
     if n in oracle.METHODS[name].members
     if ((prompts == 3) + alternate + (coupling == "gumbel") + shaped + n) % 2 == 0
+    if n == 2 or (alternate + shaped + i) % 2 == 0
 ]
 
 

@@ -321,10 +321,10 @@ def test_what_cannot_be_compiled_is_refused():
 def test_with_inductor(options, fresh):
     models = fresh("llama", 2)
     config = CompileConfig(**options)
-    se.warmup(models, max_length=60, compile_config=config, widths=[1, 2, 4], progress=False)
+    se.warmup(models, max_length=60, compile_config=config, widths=[1, 2], progress=False)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs
     for do_sample in (False, True):
         way = dict(**STATIC, compile_config=config)
-        assert_same(models, prompts(1), dict(num_assistant_tokens=[2, 1]), (way,), do_sample=do_sample)
+        assert_same(models, prompts(1), dict(num_assistant_tokens=1), (way,), do_sample=do_sample)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
