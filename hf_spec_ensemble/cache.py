@@ -39,9 +39,14 @@ def empty_cache(model: PreTrainedModel, slots: int | None = None) -> Cache:
     return EncoderDecoderCache(cache, DynamicCache(config=config))
 
 
+def decoder_cache(cache: Cache | None) -> Cache | None:
+    """The part that grows with the text; an encoder's outputs are attended to through another."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def decoder_layers(cache: Cache) -> list:
-    """The layers that grow with the text; an encoder's outputs are attended to through others."""
-    return cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
+    """The layers that grow with the text."""
+    return decoder_cache(cache).layers
 
 
 def tokens_held(cache: Cache) -> int:
@@ -139,7 +144,7 @@ def can_roll_back(model: PreTrainedModel, cache: Cache) -> bool:
     Whether `Member.forget` works on this cache: full-attention and sliding-window layers that grow, static ones of full
     length, convolutions over the last tokens, and recurrent layers of models that read on from a state.
     """
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    own = decoder_cache(cache)
     if isinstance(own, StaticCache):
         known, works = (StaticLayer,), not needs_snapshots(model)
     else:

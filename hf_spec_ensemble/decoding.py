@@ -28,7 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapters import all_locks_of
 from .auto import Auto, Memory
-from .cache import can_roll_back, decoder_layers, restored_on_error, tokens_held
+from .cache import can_roll_back, decoder_cache, decoder_layers, restored_on_error, tokens_held
 from .candidates import EnsembleCandidateGenerator, assistant_kwargs
 from .config import AUTO, EnsembleConfig
 from .distribution import EnsembleDistribution
@@ -133,12 +133,12 @@ def ensemble_decoding(
     check_call(config, generation_config, logits_processor, input_ids, model_kwargs)
     encoded = model_kwargs.get("mm_encoder_outputs")
     media = {name: value for name, value in (media or {}).items() if encoded and name not in model_kwargs}
-    check_media([*assistants, *([drafter] if is_model(drafter) else [])], encoded, media, model_kwargs)
+    models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
+    check_media(models[1:], encoded, media, model_kwargs)
 
     def kwargs_of(models: list[PreTrainedModel]) -> list[dict]:
         return assistant_kwargs(models, input_ids, generation_config, model_kwargs, inputs_tensor, media)
 
-    models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
     synced_gpus = check_sharding(models, config, synced_gpus)
     ranks = ranks_of(models)
     ranks.share_random_state(input_ids.device)
@@ -265,8 +265,8 @@ def _without_fresh_static_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     with sliding windows that cannot go back. Nothing is lost with one: it has no memory yet.
     """
     cache = kwargs.get("past_key_values")
-    own = getattr(cache, "self_attention_cache", cache)
-    if not isinstance(own, StaticCache) or getattr(cache, "_is_user_defined", False) or tokens_held(cache):
+    fresh = isinstance(decoder_cache(cache), StaticCache) and not tokens_held(cache)
+    if not fresh or getattr(cache, "_is_user_defined", False):
         return kwargs
     return {name: value for name, value in kwargs.items() if name != "past_key_values"}
 

@@ -14,7 +14,7 @@ from transformers import Cache, CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapters import AdapterView
-from .cache import empty_cache
+from .cache import decoder_cache, empty_cache
 from .estimates import PassCosts, pass_costs, remembered
 from .placement import device_of
 
@@ -253,7 +253,7 @@ class Running:
         Raises:
             `ValueError`: if they do not go together, or with an ensemble.
         """
-        own = getattr(cache, "self_attention_cache", cache)
+        own = decoder_cache(cache)
         static = isinstance(own, StaticCache)
         if static and own.offloading:
             raise ValueError("Static caches that are offloaded are not supported with an ensemble: use 'static'.")
