@@ -1,16 +1,24 @@
 """What the package needs of transformers beyond its documented interface, checked once, before anything else."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 
-TESTED = ("5.17", "5.23")  # the lowest and the newest version that the tests ran on
+logger = logging.getLogger(__name__)
+
+
+TESTED = ("5.17", "5.24")  # the lowest and the newest version that the tests ran on
+
+# What a model's `forward` calls its cache: the first since 5.24, the last two in older versions and in custom code.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 # What `generate()` calls to let a model's encoders run: newer versions by the first name, older ones by the second.
 ENCODE = ("_maybe_prepare_encoder_kwargs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation")
@@ -28,6 +36,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "_valid_auto_compile_criteria",
     ),
     "transformers:GenerationMixin.generate": ("custom_generate",),
+    "transformers:GenerationMixin.prepare_inputs_for_generation": (" or ".join(CACHE_NAMES),),
     "transformers:GenerationMixin._prepare_special_tokens": ("_eos_token_tensor", "_pad_token_tensor"),
     "transformers:PreTrainedModel": ("_is_stateful", "_can_compile_fullgraph", "get_compiled_call"),
     "transformers:Cache": ("activate_past_recording", "reorder_cache"),
@@ -43,9 +52,41 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "transformers.cache_utils:LinearAttentionCacheLayerMixin.__init__": ("conv_states", "conv_kernel_size"),
     "transformers:EncoderDecoderCache.__init__": ("self_attention_cache", "cross_attention_cache"),
     "transformers.generation:AssistedCandidateGenerator.__init__": ("assistant_kwargs",),
+    "transformers.generation:GenerateDecoderOnlyOutput": (" or ".join(CACHE_NAMES),),
     "transformers.generation:CandidateGenerator": ("get_candidates", "update_candidate_strategy"),
     "transformers.generation.candidate_generator": ("_prepare_token_type_ids",),
 }
+
+
+def _cache_name_in(function: Callable) -> str | None:
+    parameters = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+# What outputs of `generate()` call the cache.
+OUTPUT_CACHE = _cache_name_in(GenerateDecoderOnlyOutput)
+
+
+def cache_names(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """
+    What `generate()` calls the model's cache when it prepares inputs, and what the model's `forward` calls it: `None`
+    if that takes none, or by a name of its own.
+    """
+    module = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps
+    forward = _cache_name_in(module.forward)
+    # Up to 5.23 Mamba is told apart everywhere; some models' own preparation takes a cache among `**kwargs`
+    prepares = "cache_params" if forward == "cache_params" else OUTPUT_CACHE
+    return prepares, forward
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments of a `forward` or of a decoding method, whatever its name."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """These arguments but for a cache."""
+    return {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
 
 
 def missing(hooks: Mapping[str, tuple[str, ...]] = HOOKS) -> Iterator[str]:
@@ -67,18 +108,38 @@ def _names_in(thing: object) -> frozenset[str]:
 
 def check() -> None:
     """
+    Warns of a version of transformers that is newer than those tested.
+
     Raises:
         `ImportError`: if the installed transformers lacks something, with the versions that do not.
     """
     lacking = list(missing())
+    lowest, newest = TESTED
+    above = above_tested()
     if lacking:
-        lowest, newest = TESTED
-        above = f"{newest.split('.')[0]}.{int(newest.split('.')[1]) + 1}"
         raise ImportError(
             f"hf_spec_ensemble does not work with transformers {transformers.__version__}, which has no longer, or not "
             f"yet, what it builds on:\n  {chr(10).join(lacking)}\nIt is tested with transformers {lowest} to {newest}. "
             f'To get one: pip install "transformers>={lowest},<{above}"'
         )
+    if _numbers(transformers.__version__) >= _numbers(above):
+        logger.warning(
+            f"hf_spec_ensemble is tested with transformers {lowest} to {newest}, and this is {transformers.__version__}. "
+            "Every model is still checked before its first use. To get a version that is tested: "
+            f'pip install "transformers>={lowest},<{above}"'
+        )
+
+
+def above_tested() -> str:
+    """The first minor version that was not tested."""
+    major, minor = _numbers(TESTED[1])
+    return f"{major}.{minor + 1}"
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """Major and minor."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def encoded(

@@ -30,6 +30,7 @@ from .adapters import all_locks_of
 from .auto import Auto, Memory
 from .cache import can_roll_back, decoder_cache, decoder_layers, restored_on_error, tokens_held
 from .candidates import EnsembleCandidateGenerator, assistant_kwargs
+from .compat import OUTPUT_CACHE, given_cache, without_cache
 from .config import AUTO, EnsembleConfig
 from .distribution import EnsembleDistribution
 from .drafter import PROMPT_LOOKUP, GeneratorDrafter
@@ -143,7 +144,7 @@ def ensemble_decoding(
     ranks = ranks_of(models)
     ranks.share_random_state(input_ids.device)
     decode = _speculative if config.speculative else _standard
-    with restored_on_error(model_kwargs.get("past_key_values")):
+    with restored_on_error(given_cache(model_kwargs)):
         output = decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
             drafter, config, kwargs_of, ranks, model_kwargs,
@@ -161,9 +162,9 @@ def _speculative(
     models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
     check_prompt(input_ids, [models[i] for i in roles.order[: roles.members]])
     max_length = stopping_criteria.max_length or generation_config.max_length
-    running = Running.of(generation_config, model_kwargs.get("past_key_values"), max_length, input_ids.device)
+    running = Running.of(generation_config, given_cache(model_kwargs), max_length, input_ids.device)
     prepared = [_without_fresh_static_cache(model_kwargs), *kwargs_of(models[1:])]
-    runners = [running.runner(m, len(input_ids), kwargs.get("past_key_values")) for m, kwargs in zip(models, prepared)]
+    runners = [running.runner(m, len(input_ids), given_cache(kwargs)) for m, kwargs in zip(models, prepared)]
     authors = [Member(models[i], prepared[i], input_ids, runners[i]) for i in roles.order if i < len(models)]
     for author in authors:
         if not can_roll_back(author.model, author.cache):
@@ -253,9 +254,9 @@ def _speculative(
         sequences=transcript.sequences,
         scores=transcript.scores,
         logits=transcript.logits,
-        past_key_values=cache,
         stats=stats,
         trace=trace,
+        **{OUTPUT_CACHE: cache},
     )
 
 
@@ -264,11 +265,11 @@ def _without_fresh_static_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     `generate()` makes static caches for texts that are read token by token, with no room for the padding of passes and
     with sliding windows that cannot go back. Nothing is lost with one: it has no memory yet.
     """
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     fresh = isinstance(decoder_cache(cache), StaticCache) and not tokens_held(cache)
     if not fresh or getattr(cache, "_is_user_defined", False):
         return kwargs
-    return {name: value for name, value in kwargs.items() if name != "past_key_values"}
+    return without_cache(kwargs)
 
 
 def _output_class(model: PreTrainedModel) -> type:
@@ -376,12 +377,12 @@ def _standard(
         assistants = [[model, *assistants][i] for i in roles.order[1 : roles.members]]
     check_prompt(input_ids, [model, *assistants])
     max_length = stopping_criteria.max_length or generation_config.max_length
-    running = Running.of(generation_config, model_kwargs.get("past_key_values"), max_length, input_ids.device)
+    running = Running.of(generation_config, given_cache(model_kwargs), max_length, input_ids.device)
     stepper = None
     if running.compile_config is not None and beams == 1:
-        given = _without_fresh_static_cache(model_kwargs).get("past_key_values")
+        given = given_cache(_without_fresh_static_cache(model_kwargs))
         stepper = Stepper(running.runner(model, len(input_ids), given), given)
-        model_kwargs = {**model_kwargs, "past_key_values": stepper.cache}
+        model_kwargs = {**without_cache(model_kwargs), OUTPUT_CACHE: stepper.cache}
     pad = generation_config._pad_token_tensor
     ensemble = EnsembleLogitsProcessor.for_generate(
         model,

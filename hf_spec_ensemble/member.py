@@ -12,6 +12,7 @@ from transformers.generation.candidate_generator import _prepare_token_type_ids
 
 from .adapters import lock_of
 from .cache import cut_to_kernel, cut_to_window, decoder_layers, pick_slots, remove_last, tokens_held
+from .compat import CACHE_NAMES, cache_names, given_cache, without_cache
 from .padded import columns, window
 from .placement import device_of
 from .runner import Runner
@@ -23,7 +24,7 @@ from .stopwatch import Stopwatch
 COMPACT_AT = 0.25
 
 # What Member passes to the model itself, from its own state; the mask and the positions are those of the decoder.
-OWN_KWARGS = ("past_key_values", "logits_to_keep", "use_cache", "output_logits")
+OWN_KWARGS = (*CACHE_NAMES, "logits_to_keep", "use_cache", "output_logits")
 
 # A recurrent model reads final tokens in a pass of their own if there are more, so as not to read them again.
 READ_AGAIN = 4
@@ -52,7 +53,7 @@ class Member:
         kwargs (`dict`):
             What `generate()` prepared for its `forward`: `attention_mask` and `position_ids` of the prompt (with an
             encoder `decoder_attention_mask` and `decoder_position_ids`), on the model's device, perhaps
-            `past_key_values`, and anything else, which is passed on. A cache may hold the first tokens of the prompt.
+            a cache, and anything else, which is passed on. That cache may hold the first tokens of the prompt.
         prompt (`torch.LongTensor` `[B, P]`):
             For its shape.
         runner (`Runner`, *optional*):
@@ -67,10 +68,10 @@ class Member:
         self.device = device_of(model)
         decoder = "decoder_" if model.config.is_encoder_decoder else ""
         self._mask_name, self._positions_name = f"{decoder}attention_mask", f"{decoder}position_ids"
-        self._cache_name = "cache_params" if self._takes("cache_params") else "past_key_values"  # Mamba's
-        own = (*OWN_KWARGS, self._cache_name, self._mask_name, self._positions_name)
+        self._prepared_cache_name, self._cache_name = cache_names(model)
+        own = (*OWN_KWARGS, self._mask_name, self._positions_name)
         self.kwargs = {key: value for key, value in kwargs.items() if key not in own}
-        self.cache: Cache | None = kwargs.get(self._cache_name)
+        self.cache: Cache | None = given_cache(kwargs)
         self._owns_cache = self.cache is None
         if self.cache is None:
             self.cache = self.runner.new_cache()
@@ -166,10 +167,12 @@ class Member:
         unmasked = visible.all() and (first_pass or self.runner.slots is None)
         kwargs[self._mask_name] = None if unmasked else torch.from_numpy(visible).long().to(self.device)
         kwargs[self._positions_name] = self._positions(np.minimum(index, np.maximum(end - 1, 0)[:, None]))
-        kwargs[self._cache_name] = self.cache
+        kwargs[self._prepared_cache_name] = self.cache
         inputs = self.model.prepare_inputs_for_generation(
             chunk, use_cache=True, is_first_iteration=first_pass, **kwargs
         )
+        if self._cache_name != self._prepared_cache_name and self._cache_name is not None:
+            inputs = {**without_cache(inputs), self._cache_name: self.cache}
         keep = width - (self.prompt_length - 1 - held if first_pass else 0)
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep

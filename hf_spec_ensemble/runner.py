@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapters import AdapterView
 from .cache import decoder_cache, empty_cache
+from .compat import OUTPUT_CACHE, given_cache
 from .estimates import PassCosts, pass_costs, remembered
 from .placement import device_of
 
@@ -219,13 +220,13 @@ class Stepper:
         if "logits_to_keep" in inputs:  # last, as it is in a member's passes: graphs tell orders apart
             inputs["logits_to_keep"] = inputs.pop("logits_to_keep")
         logits, _ = self.runner.run(inputs, inputs["input_ids"].shape[1])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=inputs["past_key_values"])
+        return CausalLMOutputWithPast(logits=logits, **{OUTPUT_CACHE: given_cache(inputs)})
 
     def finish(self, output: Any) -> None:
         """The loop is over, and this is what it returned: no later call may write into a cache among that."""
         if self._lent:
             if isinstance(output, dict):
-                output["past_key_values"] = self.runner.released(self.cache)
+                output[OUTPUT_CACHE] = self.runner.released(self.cache)
             self.runner.take_back(self.cache)
 
 
@@ -311,7 +312,7 @@ def check_compilable(model: PreTrainedModel, compile_config: CompileConfig) -> N
         everywhere = copy.copy(compile_config)
         everywhere._compile_all_devices = True
         settings = GenerationConfig(compile_config=everywhere)
-        if not model._valid_auto_compile_criteria({"past_key_values": empty_cache(model, 1)}, settings):
+        if not model._valid_auto_compile_criteria({OUTPUT_CACHE: empty_cache(model, 1)}, settings):
             reason = "its weights are offloaded, or quantised in a way that does not compile"
     if reason is not None:
         raise ValueError(

@@ -10,6 +10,7 @@ from transformers.generation import CandidateGenerator
 
 from .adapters import AdapterView, adds_virtual_tokens
 from .cache import tokens_held
+from .compat import given_cache
 from .config import EnsembleConfig
 from .drafter import PROMPT_LOOKUP
 from .processing import STATEFUL
@@ -238,7 +239,7 @@ def check_media(models: list[PreTrainedModel], encoded: dict | None, media: dict
 
 def _check_cache(generation_config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict) -> None:
     """A cache from an earlier call holds some first tokens of the prompt; the assistants read them anew."""
-    cache = model_kwargs.get("past_key_values")
+    cache = given_cache(model_kwargs)
     held = 0 if cache is None else tokens_held(cache)
     if not held:
         return

@@ -20,8 +20,8 @@ def test_importing_says_what_is_missing():
     assert done.returncode == 1
     message = done.stderr[done.stderr.rindex("ImportError") :]
     assert "transformers.GenerationMixin: _sample" in message and transformers.__version__ in message
-    assert "tested with transformers 5.17 to 5.23" in message
-    assert 'pip install "transformers>=5.17,<5.24"' in message
+    assert "tested with transformers 5.17 to 5.24" in message
+    assert 'pip install "transformers>=5.17,<5.25"' in message
 
 
 REMOVED = {
@@ -68,10 +68,17 @@ def test_nothing_is_missing_here():
     compat.check()
 
 
+@pytest.mark.parametrize("version, warns", [("5.24.3", False), ("5.25.0", True), ("5.25.0.dev0", True), ("6.0", True)])
+def test_newer_versions_are_warned_of(version, warns, monkeypatch, caplog):
+    monkeypatch.setattr(transformers, "__version__", version)
+    compat.check()
+    assert (version in caplog.text and 'pip install "transformers>=5.17,<5.25"' in caplog.text) == warns
+
+
 def test_the_requirement_and_the_tested_versions_agree():
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parent.parent / "setup.cfg")
     lowest, newest = compat.TESTED
-    assert f"transformers>={lowest}.0" in setup["options"]["install_requires"].split()
+    assert f"transformers>={lowest}.0,<{compat.above_tested()}" in setup["options"]["install_requires"].split()
     numbers = [[int(part) for part in version.split(".")[:2]] for version in (lowest, transformers.__version__, newest)]
     assert numbers == sorted(numbers)
