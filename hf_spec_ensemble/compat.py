@@ -124,7 +124,7 @@ def check() -> None:
         )
     if _numbers(transformers.__version__) >= _numbers(above):
         logger.warning(
-            f"hf_spec_ensemble is tested with transformers {lowest} to {newest}, and this is {transformers.__version__}. "
+            f"hf_spec_ensemble is tested with transformers {lowest} to {newest}; this is {transformers.__version__}. "
             "Every model is still checked before its first use. To get a version that is tested: "
             f'pip install "transformers>={lowest},<{above}"'
         )
