@@ -17,26 +17,34 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .snapshots import can_read_on, needs_snapshots
+from .compat import own_cache
+from .snapshots import needs_snapshots
 
 
 def empty_cache(model: PreTrainedModel, slots: int | None = None) -> Cache:
     """
-    As `generate()` would make it: one that grows or, given a number of slots, a static one. All layers of that have so
-    many slots, those with a sliding window too: the mask keeps to the window, and a roll-back finds what shifting the
-    window would have lost.
+    As `generate()` would make it: one that grows, which the model is asked for, or, given a number of slots, a static
+    one. All layers of that have so many slots, those with a sliding window too: the mask keeps to the window, and a
+    roll-back finds what shifting the window would have lost.
     """
     config = model.config.get_text_config(decoder=True)
     if slots is None:
-        cache = DynamicCache(config=config)
+        cache = decoder_cache(own_cache(model))
     else:
         cache = StaticCache(config=config, max_cache_len=slots)
         cache.layers = [
             StaticLayer(slots) if type(layer) is StaticSlidingWindowLayer else layer for layer in cache.layers
         ]
-    if not model.config.is_encoder_decoder:
-        return cache
-    return EncoderDecoderCache(cache, DynamicCache(config=config))
+    return EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+def keep_whole_source(cache: Cache | None) -> None:
+    """
+    Lets attention to an encoder's outputs reach all of them: transformers makes that cache, too, with the decoder's
+    windows (T5Gemma). Only a cache that holds nothing yet is changed.
+    """
+    if isinstance(cache, EncoderDecoderCache) and not any(cache.is_updated.values()):
+        cache.cross_attention_cache = DynamicCache()
 
 
 def decoder_cache(cache: Cache | None) -> Cache | None:
@@ -71,6 +79,14 @@ def remove_last(layers: Sequence[CacheLayerMixin | LinearAttentionLayer], slots:
     lengths = [layer.cumulative_length for layer in layers if isinstance(layer, StaticLayer)]
     if lengths:
         torch._foreach_sub_(lengths, slots)
+
+
+def append_slots(layer: DynamicLayer, slots: int) -> None:
+    """Adds slots that hold nothing."""
+    for name in ("keys", "values"):
+        states = getattr(layer, name)  # [B, heads, S, D]
+        nothing = states.new_zeros(*states.shape[:2], slots, states.shape[3])
+        setattr(layer, name, torch.cat([states, nothing], dim=2))
 
 
 def pick_slots(layer: CacheLayerMixin, order: np.ndarray, slots: int) -> None:
@@ -139,15 +155,17 @@ def restored_on_error(cache: Cache | None):
         raise
 
 
-def can_roll_back(model: PreTrainedModel, cache: Cache) -> bool:
+def can_roll_back(model: PreTrainedModel, cache: Cache | None) -> bool:
     """
     Whether `Member.forget` works on this cache: full-attention and sliding-window layers that grow, static ones of full
-    length, convolutions over the last tokens, and recurrent layers of models that read on from a state.
+    length, convolutions over the last tokens, and recurrent layers, by copies of their states.
     """
+    if cache is None:
+        return True  # nothing is kept that would have to go back
     own = decoder_cache(cache)
     if isinstance(own, StaticCache):
         known, works = (StaticLayer,), not needs_snapshots(model)
     else:
         known = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
-        works = isinstance(own, DynamicCache) and (not needs_snapshots(model) or can_read_on(model))
+        works = isinstance(own, DynamicCache)
     return works and all(type(layer) in known or type(layer).__name__ == "DummyLayer" for layer in own.layers)

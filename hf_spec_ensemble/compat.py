@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import Cache, GenerationConfig, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "_expand_inputs_for_generation",
         "prepare_inputs_for_generation",
         "_valid_auto_compile_criteria",
+        "_prepare_cache_for_generation",
     ),
     "transformers:GenerationMixin.generate": ("custom_generate",),
     "transformers:GenerationMixin.prepare_inputs_for_generation": (" or ".join(CACHE_NAMES),),
@@ -82,6 +83,16 @@ def cache_names(model: PreTrainedModel) -> tuple[str | None, str | None]:
 def given_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of a `forward` or of a decoding method, whatever its name."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def own_cache(model: PreTrainedModel) -> Cache | None:
+    """A growing cache as `generate()` makes it for the model; `None` if it takes none of transformers' caches."""
+    if cache_names(model)[1] is None:
+        return None
+    prepared: dict[str, Any] = {}
+    settings = GenerationConfig(use_cache=True)
+    model._prepare_cache_for_generation(settings, prepared, GenerationMode.GREEDY_SEARCH, 1, 1)
+    return given_cache(prepared)
 
 
 def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

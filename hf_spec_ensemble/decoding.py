@@ -28,8 +28,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapters import all_locks_of
 from .auto import Auto, Memory
-from .cache import can_roll_back, decoder_cache, decoder_layers, restored_on_error, tokens_held
+from .cache import can_roll_back, decoder_cache, decoder_layers, keep_whole_source, restored_on_error, tokens_held
 from .candidates import EnsembleCandidateGenerator, assistant_kwargs
+from .check import check_reading
 from .compat import OUTPUT_CACHE, given_cache, without_cache
 from .config import AUTO, EnsembleConfig
 from .distribution import EnsembleDistribution
@@ -53,6 +54,7 @@ from .schedule import Schedule, Turns
 from .theory import predict
 from .trace import Trace
 from .trace.recorder import NoRecord, Recorder
+from .uncached import member_of
 from .validate import (
     STANDARD,
     assistant_list,
@@ -143,6 +145,7 @@ def ensemble_decoding(
     synced_gpus = check_sharding(models, config, synced_gpus)
     ranks = ranks_of(models)
     ranks.share_random_state(input_ids.device)
+    keep_whole_source(given_cache(model_kwargs))
     decode = _speculative if config.speculative else _standard
     with restored_on_error(given_cache(model_kwargs)):
         output = decode(
@@ -165,15 +168,11 @@ def _speculative(
     running = Running.of(generation_config, given_cache(model_kwargs), max_length, input_ids.device)
     prepared = [_without_fresh_static_cache(model_kwargs), *kwargs_of(models[1:])]
     runners = [running.runner(m, len(input_ids), given_cache(kwargs)) for m, kwargs in zip(models, prepared)]
-    authors = [Member(models[i], prepared[i], input_ids, runners[i]) for i in roles.order if i < len(models)]
+    authors = [member_of(models[i], prepared[i], input_ids, runners[i]) for i in roles.order if i < len(models)]
     for author in authors:
-        if not can_roll_back(author.model, author.cache):
-            layers = sorted({type(layer).__name__ for layer in decoder_layers(author.cache)})
-            raise ValueError(
-                "A speculative ensemble takes back rejected tokens, which the cache of a "
-                f"{type(author.model).__name__} cannot ({type(author.cache).__name__} with {layers}): use the "
-                f"default cache, or {STANDARD}."
-            )
+        _check_roll_back(author)
+    if config.check_members:
+        check_reading(authors, input_ids, speculative=True, ranks=ranks)
     members = authors[: roles.members]
     vocabulary = shared_vocabulary([member.model for member in members])
     for author in authors[roles.members :]:
@@ -257,6 +256,17 @@ def _speculative(
         stats=stats,
         trace=trace,
         **{OUTPUT_CACHE: cache},
+    )
+
+
+def _check_roll_back(author: Member) -> None:
+    if can_roll_back(author.model, author.cache):
+        return
+    layers = sorted({type(layer).__name__ for layer in decoder_layers(author.cache)})
+    own = type(author.cache) is type(author.runner.new_cache())
+    raise ValueError(
+        f"A speculative ensemble takes back rejected tokens, which the cache of a {type(author.model).__name__} cannot "
+        f"({type(author.cache).__name__} with {layers}): use {'' if own else 'the default cache, or '}{STANDARD}."
     )
 
 
@@ -399,6 +409,7 @@ def _standard(
         normalize=beams > 1,
         form="log_probs" if beams > 1 or generation_config.do_sample or generation_config.output_scores else "scores",
     )
+    ensemble.check_members(input_ids)
     processors = LogitsProcessorList([ensemble])
     noise = None
     if shares_noise:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from .check import check_reading
 from .compat import encoded
 from .config import EnsembleConfig
 from .distribution import EnsembleDistribution
@@ -13,6 +14,7 @@ from .processing import PositionwiseProcessor
 from .ranks import Ranks
 from .runner import Running
 from .stopwatch import Stopwatch
+from .uncached import member_of
 from .validate import assistant_list, check_members, shared_vocabulary
 
 
@@ -147,6 +149,16 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         evidence = [self.distribution.evidence(x, *position) for x in aligned]
         return self.ranks.agree(self.distribution.target(evidence, *position, self.form)[:, 0])
 
+    def check_members(self, input_ids: torch.Tensor) -> None:
+        """
+        Finds out how the assistants read before the first forward pass; the first call of this does so anyway.
+
+        Raises:
+            `ValueError`: naming one that cannot read token by token.
+        """
+        for member in self._new_members(input_ids):
+            member.close()
+
     def close(self) -> None:
         """Ends the current texts; their caches may serve others."""
         for member in self.members:
@@ -158,15 +170,21 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         parents = self._parents(input_ids)
         if parents is None:
             self.close()
-            self.members = [
-                Member(model, kwargs, input_ids, self.running.runner(model, len(input_ids)))
-                for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
-            ]
+            self.members = self._new_members(input_ids)
             for stopwatches, member in zip(self._stopwatches, self.members):
                 stopwatches.append(member.stopwatch)
         elif (parents != torch.arange(len(parents))).any():
             for member in self.members:
                 member.reorder(parents)
+
+    def _new_members(self, input_ids: torch.Tensor) -> list[Member]:
+        members = [
+            member_of(model, kwargs, input_ids, self.running.runner(model, len(input_ids)))
+            for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
+        ]
+        if self.distribution.config.check_members:
+            check_reading(members, input_ids, speculative=False, ranks=self.ranks)
+        return members
 
     def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """For each row the cached row `[B]` that it continues by one token; `None` if there is one that has none."""

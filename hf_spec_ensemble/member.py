@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.generation.candidate_generator import _prepare_token_type_ids
 
 from .adapters import lock_of
-from .cache import cut_to_kernel, cut_to_window, decoder_layers, pick_slots, remove_last, tokens_held
+from .cache import append_slots, cut_to_kernel, cut_to_window, decoder_layers, pick_slots, remove_last, tokens_held
 from .compat import CACHE_NAMES, cache_names, given_cache, without_cache
 from .padded import columns, window
 from .placement import device_of
@@ -29,8 +29,8 @@ OWN_KWARGS = (*CACHE_NAMES, "logits_to_keep", "use_cache", "output_logits")
 # A recurrent model reads final tokens in a pass of their own if there are more, so as not to read them again.
 READ_AGAIN = 4
 
-# Their positions follow from the attention mask, without position ids.
-POSITIONS_FROM_MASK = ("bloom",)
+# What a slot of a cache is to its row.
+HIDDEN, SEEN, HOLE = 0, 1, 2
 
 
 class Member:
@@ -43,7 +43,8 @@ class Member:
     compacted when there is much of it. Sliding-window layers measure distance in slots, so with those a cache is
     compacted before every pass that follows a hidden slot. Models that cannot do with hidden slots at all want rows
     that have seen equally many tokens (`in_step`). For one row all this is the ordinary crop. A recurrent state goes
-    back to a copy made before a pass, and the model reads again what it has to keep.
+    back to a copy made before a pass, and the model reads again what it has to keep. Holes of a prompt's mask, behind
+    its first token, are never removed: windows that count slots count them.
 
     Counts of tokens (`seen` and arguments) are numpy integers `[B]` and include a prompt's left padding.
 
@@ -61,16 +62,14 @@ class Member:
     """
 
     def __init__(
-        self, model: PreTrainedModel, kwargs: dict[str, Any], prompt: torch.Tensor, runner: Runner | None = None
+        self,
+        model: PreTrainedModel,
+        kwargs: dict[str, Any],
+        prompt: torch.Tensor,
+        runner: Runner | None = None,
     ):
-        self.model = model
-        self.runner = runner or Runner(model)
-        self.device = device_of(model)
-        decoder = "decoder_" if model.config.is_encoder_decoder else ""
-        self._mask_name, self._positions_name = f"{decoder}attention_mask", f"{decoder}position_ids"
+        self._begin(model, kwargs, prompt, runner or Runner(model))
         self._prepared_cache_name, self._cache_name = cache_names(model)
-        own = (*OWN_KWARGS, self._mask_name, self._positions_name)
-        self.kwargs = {key: value for key, value in kwargs.items() if key not in own}
         self.cache: Cache | None = given_cache(kwargs)
         self._owns_cache = self.cache is None
         if self.cache is None:
@@ -78,35 +77,53 @@ class Member:
         self.cache.activate_past_recording()  # sliding-window layers keep what a roll-back may need
         self._layers = decoder_layers(self.cache)
 
-        batch, self.prompt_length = prompt.shape
-        mask = kwargs.get(self._mask_name)
-        self.prompt_visible = np.ones(prompt.shape, bool) if mask is None else mask.bool().cpu().numpy()
-        self.prompt_positions = self._prompt_positions(kwargs.get(self._positions_name))  # [..., B, P]
         held = tokens_held(self.cache)
-        self.visible = self.prompt_visible[:, :held]  # [B, S]: the slots that attention may see
-        self.seen = np.full(batch, held)
+        behind = self.prompt_visible.cumsum(1) > 0
+        self._prompt_slots = np.where(self.prompt_visible, SEEN, np.where(behind, HOLE, HIDDEN)).astype(np.int8)
+        self._slots = self._prompt_slots[:, :held]  # [B, S]
+        self.seen = np.full(len(prompt), held)
         self.settled = self.seen  # tokens that will never be forgotten
 
-        self.passes = 0
-        self._last_token: int | None = None
-        self._lock = lock_of(model)
-        self.stopwatch = Stopwatch(self.device)
         self._takes_logits_to_keep = model._supports_logits_to_keep()
         self._sliding = [layer for layer in self._layers if isinstance(layer, DynamicSlidingWindowLayer)]
         self._linear = [layer for layer in self._layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         self._snapshots = Snapshots(self._linear) if needs_snapshots(model) else None
         # A cache made without the model's config holds all tokens in every layer, behind the same masks
         own_layers = decoder_layers(Runner(model).new_cache())
-        self._windowed = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in own_layers)
+        self.windowed = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in own_layers)
+        # Whether hidden slots disturb it. The check of models finds out; without it, those that take no positions
+        self.minds_hidden_slots = self.prompt_positions is None
+
+    def _begin(self, model: PreTrainedModel, kwargs: dict[str, Any], prompt: torch.Tensor, runner: Runner) -> None:
+        """Sets what does not depend on a cache."""
+        self.model = model
+        self.runner = runner
+        self.device = device_of(model)
+        decoder = "decoder_" if model.config.is_encoder_decoder else ""
+        self._mask_name, self._positions_name = f"{decoder}attention_mask", f"{decoder}position_ids"
+        own = (*OWN_KWARGS, self._mask_name, self._positions_name)
+        self.kwargs = {key: value for key, value in kwargs.items() if key not in own}
+        self.prompt_length = prompt.shape[1]
+        mask = kwargs.get(self._mask_name)
+        self.prompt_visible = np.ones(prompt.shape, bool) if mask is None else mask.bool().cpu().numpy()
+        self.prompt_positions = self._prompt_positions(kwargs.get(self._positions_name))  # [..., B, P]
+        self.passes = 0
+        self._last_token: int | None = None
+        self._lock = lock_of(model)
+        self.stopwatch = Stopwatch(self.device)
 
     @property
     def in_step(self) -> bool:
         """
         Whether all rows must have seen equally many tokens before a pass, because hidden slots would disturb them: the
-        model has no position ids, counting slots instead, or its layers keep a state of what they have read.
+        model counts slots instead of taking positions, say, or its layers keep a state of what they have read.
         """
-        model_type = self.model.config.get_text_config(decoder=True).model_type
-        return bool(self._linear) or (self.prompt_positions is None and model_type not in POSITIONS_FROM_MASK)
+        return self.minds_hidden_slots or bool(self._linear)
+
+    @property
+    def visible(self) -> np.ndarray:
+        """The slots `[B, S]` that attention may see."""
+        return self._slots == SEEN
 
     def read_as_if_known(self, vocab_size: int) -> None:
         """
@@ -150,26 +167,22 @@ class Member:
         self._tidy(room=width)
         index = columns(self.seen, width)  # [B, W]
         real = index < end[:, None]
-        held = self.visible.shape[1]
+        held = self._slots.shape[1]
+        new = np.where(real, SEEN, HIDDEN).astype(np.int8)
         if first_pass:
-            real[:, : self.prompt_length - held] &= self.prompt_visible[:, held:]
+            new[:, : self.prompt_length - held] = self._prompt_slots[:, held:]
         # Padding behind a row's tokens need not be hidden from them: attention is causal
-        ahead = real if first_pass else np.ones_like(real)
+        ahead = new == SEEN if first_pass else np.ones_like(real)
         visible = np.concatenate([self.visible, ahead], axis=1)  # [B, S + W]
 
-        chunk = window(ids, self.seen, width).to(self.device)
-        if self._last_token is not None:
-            chunk = chunk.clamp(max=self._last_token)
-        kwargs = dict(self.kwargs)
-        if kwargs.get("token_type_ids") is not None:
-            kwargs = _prepare_token_type_ids(kwargs, visible.shape[1])
-        # As in generate(): no mask where there is nothing to hide. But graphs are for one kind of inputs
-        unmasked = visible.all() and (first_pass or self.runner.slots is None)
-        kwargs[self._mask_name] = None if unmasked else torch.from_numpy(visible).long().to(self.device)
-        kwargs[self._positions_name] = self._positions(np.minimum(index, np.maximum(end - 1, 0)[:, None]))
-        kwargs[self._prepared_cache_name] = self.cache
-        inputs = self.model.prepare_inputs_for_generation(
-            chunk, use_cache=True, is_first_iteration=first_pass, **kwargs
+        inputs = self._inputs(
+            window(ids, self.seen, width),
+            visible,
+            positions=np.minimum(index, np.maximum(end - 1, 0)[:, None]),
+            masked=not first_pass and self.runner.slots is not None,  # graphs are for one kind of inputs
+            use_cache=True,
+            is_first_iteration=first_pass,
+            **{self._prepared_cache_name: self.cache},
         )
         if self._cache_name != self._prepared_cache_name and self._cache_name is not None:
             inputs = {**without_cache(inputs), self._cache_name: self.cache}
@@ -182,10 +195,29 @@ class Member:
             self.stopwatch.stop(width if as_usual else None)
         logits = logits[:, -keep:]
 
-        self.visible = np.concatenate([self.visible, real], axis=1)
+        self._slots = np.concatenate([self._slots, new], axis=1)
         self.seen = self.seen + count
         self.passes += 1
         return logits[:, : logits.shape[1] - (width - needed)]
+
+    def _inputs(
+        self, chunk: torch.Tensor, visible: np.ndarray, positions: np.ndarray, masked: bool, **more
+    ) -> dict[str, Any]:
+        """
+        What `forward` is given to read the tokens `chunk` `[B, W]`, of which these are the `positions` `[B, W]` in the
+        text, where these slots are `visible` `[B, S + W]`. As in `generate()` there is no mask where it would hide
+        nothing, unless it must be `masked`.
+        """
+        chunk = chunk.to(self.device)
+        if self._last_token is not None:
+            chunk = chunk.clamp(max=self._last_token)
+        kwargs = dict(self.kwargs)
+        if kwargs.get("token_type_ids") is not None:
+            kwargs = _prepare_token_type_ids(kwargs, visible.shape[1])
+        unmasked = visible.all() and not masked
+        kwargs[self._mask_name] = None if unmasked else torch.from_numpy(visible).long().to(self.device)
+        kwargs[self._positions_name] = self._positions(positions)
+        return self.model.prepare_inputs_for_generation(chunk, **kwargs, **more)
 
     def _prompt_positions(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """As given or, since the other members need not take the same arguments as the main model, from the mask."""
@@ -228,8 +260,15 @@ class Member:
             self._snapshots.forget_before(int(settled.min()))
         if dropped.any():
             from_end = self.visible[:, ::-1].cumsum(1)[:, ::-1]  # 1 for a row's last visible slot
-            self.visible = self.visible & (from_end > dropped[:, None])
+            self._slots = np.where(self.visible & (from_end <= dropped[:, None]), HIDDEN, self._slots)
             self.seen = self.seen - dropped
+
+    def insert_holes(self, slots: int) -> None:
+        """Puts so many holes behind all that was read, if the cache has layers of full attention only."""
+        if slots and all(type(layer) is DynamicLayer and layer.is_initialized for layer in self._layers):
+            for layer in self._layers:
+                append_slots(layer, slots)
+            self._slots = np.pad(self._slots, ((0, 0), (0, slots)), constant_values=HOLE)
 
     def release(self, length: int, copied: bool = True) -> Cache | None:
         """
@@ -244,7 +283,7 @@ class Member:
         self.forget(everywhere, settled=everywhere)
         length = int(self.seen.min())
         self._tidy()
-        if self.visible.shape[1] != length or self._misaligned():
+        if self._slots.shape[1] != length or self._misaligned():
             self._compact(length)
         for layer in self._layers:
             if hasattr(layer, "record_past"):
@@ -259,29 +298,32 @@ class Member:
     def reorder(self, rows: torch.Tensor) -> None:
         """Row b continues what row `rows[b]` was (beam search). `rows`: `torch.LongTensor` `[B]`, CPU."""
         self.cache.reorder_cache(rows.to(self.device))
+        self._reorder_prompt(rows)
+        rows = rows.numpy()
+        self._slots, self.seen, self.settled = self._slots[rows], self.seen[rows], self.settled[rows]
+
+    def _reorder_prompt(self, rows: torch.Tensor) -> None:
         if self.prompt_positions is not None:
             self.prompt_positions = self.prompt_positions.index_select(-2, rows.to(self.prompt_positions.device))
-        rows = rows.numpy()
-        self.visible, self.seen, self.settled = self.visible[rows], self.seen[rows], self.settled[rows]
-        self.prompt_visible = self.prompt_visible[rows]
+        self.prompt_visible = self.prompt_visible[rows.numpy()]
 
     def _tidy(self, room: int = 0) -> None:
         """
         Crops slots that are hidden in every row at the end; compacts if it must, as it may to make room for so many
         slots, or if it pays.
         """
-        slots = self.visible.shape[1]
+        slots = self._slots.shape[1]
         if slots == 0:
             return
-        in_use = np.flatnonzero(self.visible.any(0))
+        in_use = np.flatnonzero(self._slots.any(0))
         unused = slots - 1 - int(in_use[-1]) if len(in_use) else slots
         if unused:
             remove_last([x for x in self._layers if self._snapshots is None or x not in self._linear], unused)
-            self.visible = self.visible[:, : slots - unused]
+            self._slots = self._slots[:, : slots - unused]
 
-        needed = int(self.visible.sum(1).max())
+        needed = int((self._slots != HIDDEN).sum(1).max())
         full = self.runner.slots is not None and slots - unused + room > self.runner.slots
-        pays = self._windowed or slots - unused - needed > max(16, COMPACT_AT * needed)
+        pays = self.windowed or slots - unused - needed > max(16, COMPACT_AT * needed)
         if (full or pays) and not self._linear and self._misaligned():
             self._compact(needed)
         pending = max(int((self.seen - self.settled).max()), 0)  # a member may lag behind what is settled
@@ -308,13 +350,13 @@ class Member:
 
     def _misaligned(self) -> bool:
         """Whether some row has a hidden slot behind a visible one."""
-        return bool((self.visible[:, :-1] & ~self.visible[:, 1:]).any())
+        return bool(((self._slots[:, :-1] != HIDDEN) & (self._slots[:, 1:] == HIDDEN)).any())
 
     def _compact(self, length: int) -> None:
-        """Moves every row's visible slots to the end, hidden ones before them, and keeps the last `length` slots."""
-        order = self.visible.argsort(axis=1, kind="stable")[:, -length:]  # [B, length]
-        slots = self.visible.shape[1]
-        self.visible = np.take_along_axis(self.visible, order, axis=1)
+        """Moves every row's hidden slots before the others, and keeps the last `length` slots."""
+        order = (self._slots != HIDDEN).argsort(axis=1, kind="stable")[:, -length:]  # [B, length]
+        slots = self._slots.shape[1]
+        self._slots = np.take_along_axis(self._slots, order, axis=1)
         for layer in self._layers:
             if layer.is_initialized:
                 pick_slots(layer, order, slots)

@@ -5,10 +5,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 
-# Recurrent models that go on from their state when they read several tokens at once. Others might begin afresh.
-READ_ON = ("granitemoehybrid", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next")
-
-
 class Snapshots:
     """
     The states of recurrent layers at some lengths of the text, all rows having the same.
@@ -67,8 +63,3 @@ class Snapshots:
 
 def needs_snapshots(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_is_stateful", False))
-
-
-def can_read_on(model: PreTrainedModel) -> bool:
-    """Whether a recurrent model reads several tokens after others as it reads them one by one."""
-    return model.config.get_text_config(decoder=True).model_type in READ_ON

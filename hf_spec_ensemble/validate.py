@@ -15,7 +15,6 @@ from .config import EnsembleConfig
 from .drafter import PROMPT_LOOKUP
 from .processing import STATEFUL
 from .ranks import is_sharded
-from .snapshots import READ_ON, can_read_on, needs_snapshots
 
 
 logger = logging.getLogger(__name__)
@@ -98,12 +97,6 @@ def check_members(
             raise ValueError(
                 f"Encoder-decoder and decoder-only models cannot form an ensemble, but {name} is a "
                 f"{type(member).__name__} and the main model a {type(members[0]).__name__}: use members of one kind."
-            )
-        if config.speculative and needs_snapshots(member) and not can_read_on(member):
-            raise ValueError(
-                f"{name[0].upper()}{name[1:]}, a {type(member).__name__}, keeps a recurrent state, which in a "
-                f"speculative ensemble only these may: {', '.join(READ_ON)}. Use members with attention caches, or "
-                f"{STANDARD}."
             )
     shared_vocabulary([member for member, _ in named])
     return config.for_members(len(members), drafters=int(drafter is not None))

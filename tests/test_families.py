@@ -9,7 +9,6 @@ import transformers
 from families import FAMILIES, IN_FLOAT32, MORE_FAMILIES, SPECIAL, VOCAB, members, prompts, tiny
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.snapshots import READ_ON
 
 
 CONFIGS = {  # of three members that accept some proposals and reject others, and what makes rows uneven
@@ -145,8 +144,8 @@ def recurrent(family):
     return models
 
 
-def test_all_that_may_read_on_are_tested():
-    assert set(READ_ON) <= set(RECURRENT)
+# These begin afresh, or read on in another way, where they read several tokens behind others
+CANNOT_READ_ON = ("mamba", "jamba")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -160,17 +159,17 @@ def test_recurrent_members_of_the_standard_ensemble(family, batch):
             assert out.sequences.tolist() == alone.generate(**inputs, max_new_tokens=14).tolist()
 
 
-@pytest.mark.parametrize("family", [family for family in RECURRENT if family not in READ_ON])
+@pytest.mark.parametrize("family", CANNOT_READ_ON)
 def test_recurrent_members_that_cannot_read_on_are_refused(family):
     stateful, attentive = recurrent(family)[0], tiny("llama")
     for models in ([stateful, attentive], [attentive, stateful]):
-        with pytest.raises(ValueError, match=r"recurrent state.*speculative=False"):
+        with pytest.raises(ValueError, match=r"reads several tokens at once.*speculative=False"):
             generate(models, prompts(1), EnsembleConfig())
 
 
 @pytest.mark.parametrize("draw", [dict(), dict(do_sample=True), dict(eos_token_id=[2, 7, 11, 13])], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", READ_ON)
+@pytest.mark.parametrize("family", [family for family in RECURRENT if family not in CANNOT_READ_ON])
 def test_recurrent_members_read_on(family, batch, draw):
     """Proposals are rejected and accepted; states go back, several times to the same place."""
     models, inputs = [*recurrent(family), tiny("llama")], prompts(batch)
