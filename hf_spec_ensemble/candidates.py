@@ -220,17 +220,19 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def _align(self, gained: np.ndarray, emits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        Makes all rows that go on gain as many tokens `[B]` as the one that gains least, and says in which rows `[B]`
-        the tokens behind these fall: in all, unless no row has lost or drawn any. How many a row may keep depends on
-        the other rows' draws and not on its own, so that its text keeps its distribution.
+        Cuts what rows gain `[B]` to what the slowest row gains that does not end here. Says also in which rows `[B]`
+        the tokens behind these fall: in all that go on, unless no row has lost or drawn any.
         """
+        # Exact: cap_b, the least gain of the *other* rows that do not end, depends on their draws alone, and row b keeps
+        # min(gained_b, cap_b) whatever its own draws were; what it loses is drawn anew. A row that ends is cut like any
+        # other: it would have been cut if its last proposal had been rejected. All rows that go on keep `least`.
         ends = self.sealed & ~emits & (self.verified + gained == self.total)
-        going_on = self.active & ~ends
-        if not going_on.any():
+        if not (self.active & ~ends).any():
             return gained, emits
-        least = gained[going_on].min()
+        least = gained[self.active & ~ends].min()
+        going_on = self.active & ~(ends & (gained <= least))
         all_fall = (emits[going_on] | (gained[going_on] > least)).any()
-        return np.where(going_on, least, gained), np.where(going_on, all_fall, emits)
+        return np.minimum(gained, least), np.where(going_on, all_fall, emits)
 
     def retire(self, wanted: np.ndarray) -> None:
         """Goes on only with rows `[B]` that are wanted and not at their end."""
