@@ -223,9 +223,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         Cuts what rows gain `[B]` to what the slowest row gains that does not end here. Says also in which rows `[B]`
         the tokens behind these fall: in all that go on, unless no row has lost or drawn any.
         """
-        # Exact: cap_b, the least gain of the *other* rows that do not end, depends on their draws alone, and row b keeps
-        # min(gained_b, cap_b) whatever its own draws were; what it loses is drawn anew. A row that ends is cut like any
-        # other: it would have been cut if its last proposal had been rejected. All rows that go on keep `least`.
+        # Exact: cap_b, the least gain of the *other* rows that do not end, depends on their draws alone. Row b keeps
+        # min(gained_b, cap_b) whatever it drew, and draws the rest anew. So a row that ends is cut too: it would have
+        # been cut if its last proposal had been rejected.
         ends = self.sealed & ~emits & (self.verified + gained == self.total)
         if not (self.active & ~ends).any():
             return gained, emits

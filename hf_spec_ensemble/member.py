@@ -84,6 +84,7 @@ class Member:
         self.prompt_positions = self._prompt_positions(kwargs.get(self._positions_name))  # [..., B, P]
         held = tokens_held(self.cache)
         self.visible = self.prompt_visible[:, :held]  # [B, S]: the slots that attention may see
+        self.taken = np.ones_like(self.visible)  # [B, S]: those of tokens that are seen, a prompt's hidden ones too
         self.seen = np.full(batch, held)
         self.settled = self.seen  # tokens that will never be forgotten
 
@@ -149,7 +150,8 @@ class Member:
             width = self.runner.width(width)
         self._tidy(room=width)
         index = columns(self.seen, width)  # [B, W]
-        real = index < end[:, None]
+        taken = index < end[:, None]
+        real = taken.copy()
         held = self.visible.shape[1]
         if first_pass:
             real[:, : self.prompt_length - held] &= self.prompt_visible[:, held:]
@@ -183,6 +185,7 @@ class Member:
         logits = logits[:, -keep:]
 
         self.visible = np.concatenate([self.visible, real], axis=1)
+        self.taken = np.concatenate([self.taken, taken], axis=1)
         self.seen = self.seen + count
         self.passes += 1
         return logits[:, : logits.shape[1] - (width - needed)]
@@ -227,8 +230,9 @@ class Member:
                 dropped = np.maximum(self.seen - self._snapshots.restore(int(length.min())), 0)
             self._snapshots.forget_before(int(settled.min()))
         if dropped.any():
-            from_end = self.visible[:, ::-1].cumsum(1)[:, ::-1]  # 1 for a row's last visible slot
-            self.visible = self.visible & (from_end > dropped[:, None])
+            from_end = self.taken[:, ::-1].cumsum(1)[:, ::-1]  # 1 for a row's last token
+            self.taken = self.taken & (from_end > dropped[:, None])
+            self.visible = self.visible & self.taken
             self.seen = self.seen - dropped
 
     def release(self, length: int, copied: bool = True) -> Cache | None:
@@ -244,7 +248,9 @@ class Member:
         self.forget(everywhere, settled=everywhere)
         length = int(self.seen.min())
         self._tidy()
-        if self.visible.shape[1] != length or self._misaligned():
+        if self.taken.shape[1] != length or self._misaligned():
+            if self._linear:  # states of convolutions cannot be compacted
+                return None
             self._compact(length)
         for layer in self._layers:
             if hasattr(layer, "record_past"):
@@ -262,24 +268,24 @@ class Member:
         if self.prompt_positions is not None:
             self.prompt_positions = self.prompt_positions.index_select(-2, rows.to(self.prompt_positions.device))
         rows = rows.numpy()
-        self.visible, self.seen, self.settled = self.visible[rows], self.seen[rows], self.settled[rows]
-        self.prompt_visible = self.prompt_visible[rows]
+        self.visible, self.taken, self.seen = self.visible[rows], self.taken[rows], self.seen[rows]
+        self.settled, self.prompt_visible = self.settled[rows], self.prompt_visible[rows]
 
     def _tidy(self, room: int = 0) -> None:
         """
-        Crops slots that are hidden in every row at the end; compacts if it must, as it may to make room for so many
+        Crops slots at the end that no row has a token in; compacts if it must, as it may to make room for so many
         slots, or if it pays.
         """
-        slots = self.visible.shape[1]
+        slots = self.taken.shape[1]
         if slots == 0:
             return
-        in_use = np.flatnonzero(self.visible.any(0))
+        in_use = np.flatnonzero(self.taken.any(0))
         unused = slots - 1 - int(in_use[-1]) if len(in_use) else slots
         if unused:
             remove_last([x for x in self._layers if self._snapshots is None or x not in self._linear], unused)
-            self.visible = self.visible[:, : slots - unused]
+            self.visible, self.taken = self.visible[:, : slots - unused], self.taken[:, : slots - unused]
 
-        needed = int(self.visible.sum(1).max())
+        needed = int(self.taken.sum(1).max())
         full = self.runner.slots is not None and slots - unused + room > self.runner.slots
         pays = self._windowed or slots - unused - needed > max(16, COMPACT_AT * needed)
         if (full or pays) and not self._linear and self._misaligned():
@@ -307,14 +313,17 @@ class Member:
                 layer.values = torch.cat([values, layer.values], dim=2)
 
     def _misaligned(self) -> bool:
-        """Whether some row has a hidden slot behind a visible one."""
-        return bool((self.visible[:, :-1] & ~self.visible[:, 1:]).any())
+        """Whether some row has a slot without a token behind one with a token."""
+        return bool((self.taken[:, :-1] & ~self.taken[:, 1:]).any())
 
     def _compact(self, length: int) -> None:
-        """Moves every row's visible slots to the end, hidden ones before them, and keeps the last `length` slots."""
-        order = self.visible.argsort(axis=1, kind="stable")[:, -length:]  # [B, length]
-        slots = self.visible.shape[1]
-        self.visible = np.take_along_axis(self.visible, order, axis=1)
+        """
+        Moves every row's tokens to the end, slots without one before them, and keeps the last `length` slots. Hidden
+        tokens of a prompt stay where they are between the others: windows are measured in slots.
+        """
+        order = self.taken.argsort(axis=1, kind="stable")[:, -length:]  # [B, length]
+        slots = self.taken.shape[1]
+        self.visible, self.taken = (np.take_along_axis(x, order, axis=1) for x in (self.visible, self.taken))
         for layer in self._layers:
             if layer.is_initialized:
                 pick_slots(layer, order, slots)
