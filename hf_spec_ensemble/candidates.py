@@ -21,6 +21,9 @@ from .schedule import Schedule, Situation
 from .trace.recorder import NoRecord
 
 
+ROOM = 256  # tokens that there is room for at least, if texts may become so long
+
+
 def assistant_kwargs(
     assistants: list[PreTrainedModel],
     input_ids: torch.Tensor,
@@ -138,7 +141,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         batch, prompt_length = input_ids.shape
         self.prompt_length = prompt_length
         self.max_length = max_length
-        self.ids = torch.nn.functional.pad(input_ids, (0, max_length - prompt_length))  # [B, max_length]
+        self.ids = input_ids  # [B, >= max(total)]; see `_reserve`
         self.verified = np.full(batch, prompt_length)
         self.total = self.verified.copy()
         self.sealed = np.zeros(batch, bool)  # the last token ends the text: nothing follows it
@@ -220,17 +223,19 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def _align(self, gained: np.ndarray, emits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        Makes all rows that go on gain as many tokens `[B]` as the one that gains least, and says in which rows `[B]`
-        the tokens behind these fall: in all, unless no row has lost or drawn any. How many a row may keep depends on
-        the other rows' draws and not on its own, so that its text keeps its distribution.
+        Cuts what rows gain `[B]` to what the slowest row gains that does not end here. Says also in which rows `[B]`
+        the tokens behind these fall: in all that go on, unless no row has lost or drawn any.
         """
+        # Exact: cap_b, the least gain of the *other* rows that do not end, depends on their draws alone. Row b keeps
+        # min(gained_b, cap_b) whatever it drew, and draws the rest anew. So a row that ends is cut too: it would have
+        # been cut if its last proposal had been rejected.
         ends = self.sealed & ~emits & (self.verified + gained == self.total)
-        going_on = self.active & ~ends
-        if not going_on.any():
+        if not (self.active & ~ends).any():
             return gained, emits
-        least = gained[going_on].min()
+        least = gained[self.active & ~ends].min()
+        going_on = self.active & ~(ends & (gained <= least))
         all_fall = (emits[going_on] | (gained[going_on] > least)).any()
-        return np.where(going_on, least, gained), np.where(going_on, all_fall, emits)
+        return np.minimum(gained, least), np.where(going_on, all_fall, emits)
 
     def retire(self, wanted: np.ndarray) -> None:
         """Goes on only with rows `[B]` that are wanted and not at their end."""
@@ -371,12 +376,20 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def _put(self, tokens: torch.Tensor, rows: np.ndarray, where: np.ndarray) -> None:
         """Writes `tokens[b]` at `ids[b, where[b]]` in some rows."""
+        if len(rows):
+            self._reserve(int(where[rows].max()) + 1)
         column = int(where[0])
         if len(rows) == len(where) and (where == column).all():
             self.ids[:, column] = tokens
         elif len(rows):
             index = torch.from_numpy(np.stack([rows, where[rows]])).to(self.ids.device)
             self.ids[index[0], index[1]] = tokens[index[0]].to(self.ids.device)
+
+    def _reserve(self, length: int) -> None:
+        """Makes room in `ids` for so many tokens: twice what is needed, so that few copies are made."""
+        have = self.ids.shape[1]
+        if length > have:
+            self.ids = torch.nn.functional.pad(self.ids, (0, min(max(2 * length, ROOM), self.max_length) - have))
 
     def _seal(self, changed: np.ndarray, tokens: Sequence[int]) -> None:
         """Notes for rows with a new last token `[B]` whether anything can follow it."""

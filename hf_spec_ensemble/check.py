@@ -5,6 +5,7 @@ batches. Whether that gives the logits of the plain text depends on a model's co
 models can promise it. So it is tried, and the logits are compared.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,9 @@ AFTER_PROMPT = 4  # tokens that are read in several ways
 TRIES = 3  # texts that must all differ: rounding can send a token to another expert of a mixture of experts
 SLOTS = 16  # of a static cache
 FARTHEST = 4096  # slots at most by which tokens are moved apart, to see whether a window counts slots
+
+# Windows in tokens, by the names of what holds them, and what they are narrowed to.
+NARROWED, NARROW = ("sliding_window", "attention_chunk_size"), 3
 
 # Root mean square of the logits' differences, over their spread, that rounding does not explain. Measured on models
 # that read alike: 1e-6 in float32, 0.02 in bfloat16.
@@ -76,11 +80,17 @@ def check_reading(members: Sequence[Member], prompt: torch.Tensor, speculative: 
                 f"A {name} cannot be a member here: it {reading.fault}. Its texts would be wrong: {instead}. "
                 "(EnsembleConfig(check_members=False) leaves this check out.)"
             )
+        padded = not member.prompt_visible.all()
+        if member.cache is None and reading.minds_padding and padded:
+            raise ValueError(
+                f"A {name} takes none of transformers' caches and minds padding: give it prompts of equal length, or "
+                "one at a time."
+            )
         if reading.unknown is not None:
             warn_once(f"How a {name} reads could not be checked: {reading.unknown}. Its texts may be inexact.")
         if member.cache is None:
             warn_once(f"A {name} takes none of transformers' caches: it reads the whole text in every pass.")
-        if reading.minds_padding and not member.prompt_visible.all():
+        if reading.minds_padding and padded:
             warn_once(
                 f"A {name} reads left-padded rows differently from the same rows alone, in transformers itself: texts "
                 "of a padded batch are the standard ensemble's, and not those of single prompts."
@@ -119,6 +129,7 @@ class _Trial:
 
     def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any], static: bool, rows: bool):
         self.model = model
+        self.static = static
         self.rows = self.prompt_length = 1 + rows  # the second row begins with padding
         self.length = self.prompt_length + AFTER_PROMPT
         self.runner = StaticRunner(model, SLOTS) if static else Runner(model)
@@ -134,14 +145,25 @@ class _Trial:
             try:
                 reading = self._reading(speculative)
             except _CannotRead as error:
-                return Reading(unknown=f"reading a prompt raised {error}")
+                return self._unread(error)
         if reading.fault is not None and self.model.training:
             return Reading(unknown="it is in training mode; call `model.eval()`")
         return replace(reading, minds_padding=self.padding > self.tolerance)
 
+    def _unread(self, error: "_CannotRead") -> Reading:
+        if not self.static:
+            return Reading(unknown=f"reading a prompt raised {error}")
+        self.runner = Runner(self.model)
+        try:
+            self._begin(self._text(0))
+        except _CannotRead:
+            return Reading(unknown=f"reading a prompt raised {error}")
+        return Reading(f"reads no prompt with static caches: {error}")
+
     def _reading(self, speculative: bool) -> Reading:
         if not speculative:
             return Reading(self._fault(self._one_by_one, "one token after the other differently from the whole text"))
+        self.model = _with_narrow_windows(self.model)
         if self.rows > 1 and self._least(self._with_hidden_slots) <= self.tolerance:
             return Reading(in_step=False)
         what = "several tokens at once, or after a roll-back, differently from one at a time"
@@ -188,14 +210,20 @@ class _Trial:
         member, whole = self._begin(text)
         if member.in_step:
             return iter([np.inf])
-        return self._in_pieces(member, whole, text, self.prompt_length + np.array([2, 1]))
+        gap = 0 if member.windowed else _window(self.model)
+        return self._in_pieces(member, whole, text, self.prompt_length + np.array([2, 1]), gap)
 
-    def _in_pieces(self, member: Member, whole: torch.Tensor, text: torch.Tensor, kept: np.ndarray) -> Iterator[float]:
-        """Goes back to the first `kept[b]` tokens of each row and reads the others again, the last one by itself."""
+    def _in_pieces(
+        self, member: Member, whole: torch.Tensor, text: torch.Tensor, kept: np.ndarray, gap: int = 0
+    ) -> Iterator[float]:
+        """
+        Goes back to the first `kept[b]` tokens of each row and reads the others again, the last one by itself behind a
+        gap of so many slots.
+        """
         member.forget(kept, self._all(self.prompt_length))
         for end in (self.length - 1, self.length):
-            if end == self.length and not member.in_step and not member.windowed:
-                member.insert_holes(_window(self.model) if self.rows > 1 else 0)
+            if end == self.length:
+                member.insert_masked(gap)
             seen, logits = member.seen, member.score(text, self._all(end))
             for row, first in enumerate(seen):
                 wanted = whole[row, first + 1 - self.prompt_length : end + 1 - self.prompt_length]
@@ -264,6 +292,25 @@ def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((apart / spread.clamp(min=torch.finfo(torch.float64).tiny)).max())
 
 
+def _with_narrow_windows(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    A copy of the model with the same weights whose sliding windows are so narrow that a few tokens reach beyond them;
+    the model itself if it has none, or cannot be copied so.
+    """
+    if not any(_numbers_in(model.config, *NARROWED)):
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        narrow = copy.deepcopy(model, shared)
+    except Exception:  # weights that are spread, packed or offloaded may not like it
+        return model
+    for thing in (*_configs_in(narrow.config), *narrow.modules()):
+        for name, value in vars(thing).items():
+            if name.endswith(NARROWED) and type(value) is int and value > NARROW:
+                setattr(thing, name, NARROW)
+    return narrow
+
+
 def _window(model: PreTrainedModel) -> int:
     """The widest window that the model's config speaks of, within bounds; 0 if none."""
     config = model.config.get_text_config(decoder=True)
@@ -272,11 +319,18 @@ def _window(model: PreTrainedModel) -> int:
 
 def _numbers_in(config: PretrainedConfig, *endings: str) -> Iterator[int]:
     """The whole numbers under names with such endings, in a config and those inside."""
-    for name, value in vars(config).items():
+    for one in _configs_in(config):
+        for name, value in vars(one).items():
+            if name.endswith(endings):
+                yield from (n for n in (value if isinstance(value, list) else [value]) if type(n) is int)
+
+
+def _configs_in(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """A config and those inside."""
+    yield config
+    for value in vars(config).values():
         if isinstance(value, PretrainedConfig):
-            yield from _numbers_in(value, *endings)
-        elif name.endswith(endings):
-            yield from (n for n in (value if isinstance(value, list) else [value]) if type(n) is int)
+            yield from _configs_in(value)
 
 
 def _in_short(error: Exception) -> str:

@@ -164,6 +164,7 @@ def _speculative(
     roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]], drafter is not None)
     models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
     check_prompt(input_ids, [models[i] for i in roles.order[: roles.members]])
+    input_ids = input_ids.long()  # as transformers' loops return them, whatever they were
     max_length = stopping_criteria.max_length or generation_config.max_length
     running = Running.of(generation_config, given_cache(model_kwargs), max_length, input_ids.device)
     prepared = [_without_fresh_static_cache(model_kwargs), *kwargs_of(models[1:])]

@@ -166,7 +166,15 @@ class Acceptance:
         return sum(confidence > edge for edge in self.EDGES)
 
 
-_memory: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Any]] = WeakKeyDictionary()
+class _Kept:
+    """What is kept for a list of models, and what for longer lists that begin with it; goes with any of them."""
+
+    def __init__(self):
+        self.values: dict[Hashable, Any] = {}
+        self.longer: WeakKeyDictionary[PreTrainedModel, _Kept] = WeakKeyDictionary()
+
+
+_memory = _Kept()
 
 
 def pass_costs(model: PreTrainedModel, way: str = "growing", widths: Sequence[int] = ()) -> PassCosts:
@@ -175,10 +183,15 @@ def pass_costs(model: PreTrainedModel, way: str = "growing", widths: Sequence[in
 
 
 def remembered(models: Sequence[PreTrainedModel], key: Hashable, make: Callable[[], Any]) -> Any:
-    """What is kept for these models and this key, made by `make()` the first time."""
-    (owner, adapter), *others = map(identity, models)
-    kept = _memory.setdefault(owner, {})
-    key = (adapter, *((id(other), its_adapter) for other, its_adapter in others), key)
-    if key not in kept:
-        kept.setdefault(key, make())  # unless another thread was faster
-    return kept[key]
+    """
+    What is kept for these models, in this order, and this key, made by `make()` the first time. It goes when one of the
+    models does, and must hold none of them.
+    """
+    kept, adapters = _memory, []
+    for owner, adapter in map(identity, models):
+        kept = kept.longer.setdefault(owner, _Kept())
+        adapters.append(adapter)
+    key = (*adapters, key)
+    if key not in kept.values:
+        kept.values.setdefault(key, make())  # unless another thread was faster
+    return kept.values[key]

@@ -29,8 +29,9 @@ OWN_KWARGS = (*CACHE_NAMES, "logits_to_keep", "use_cache", "output_logits")
 # A recurrent model reads final tokens in a pass of their own if there are more, so as not to read them again.
 READ_AGAIN = 4
 
-# What a slot of a cache is to its row.
-HIDDEN, SEEN, HOLE = 0, 1, 2
+# What a slot of a cache holds for its row: nothing, a token, or one that the prompt's mask hides, padding on the left
+# among these. Masked slots stay where they are: windows that count slots count them.
+EMPTY, SEEN, MASKED = 0, 1, 2
 
 
 class Member:
@@ -43,8 +44,7 @@ class Member:
     compacted when there is much of it. Sliding-window layers measure distance in slots, so with those a cache is
     compacted before every pass that follows a hidden slot. Models that cannot do with hidden slots at all want rows
     that have seen equally many tokens (`in_step`). For one row all this is the ordinary crop. A recurrent state goes
-    back to a copy made before a pass, and the model reads again what it has to keep. Holes of a prompt's mask, behind
-    its first token, are never removed: windows that count slots count them.
+    back to a copy made before a pass, and the model reads again what it has to keep.
 
     Counts of tokens (`seen` and arguments) are numpy integers `[B]` and include a prompt's left padding.
 
@@ -75,24 +75,26 @@ class Member:
         if self.cache is None:
             self.cache = self.runner.new_cache()
         self.cache.activate_past_recording()  # sliding-window layers keep what a roll-back may need
-        self._layers = decoder_layers(self.cache)
+        self._look_at_layers()
 
         held = tokens_held(self.cache)
-        behind = self.prompt_visible.cumsum(1) > 0
-        self._prompt_slots = np.where(self.prompt_visible, SEEN, np.where(behind, HOLE, HIDDEN)).astype(np.int8)
-        self._slots = self._prompt_slots[:, :held]  # [B, S]
+        self._slots = self._prompt_slots(0, held)  # [B, S]
         self.seen = np.full(len(prompt), held)
         self.settled = self.seen  # tokens that will never be forgotten
 
         self._takes_logits_to_keep = model._supports_logits_to_keep()
-        self._sliding = [layer for layer in self._layers if isinstance(layer, DynamicSlidingWindowLayer)]
-        self._linear = [layer for layer in self._layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         self._snapshots = Snapshots(self._linear) if needs_snapshots(model) else None
         # A cache made without the model's config holds all tokens in every layer, behind the same masks
         own_layers = decoder_layers(Runner(model).new_cache())
         self.windowed = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in own_layers)
         # Whether hidden slots disturb it. The check of models finds out; without it, those that take no positions
         self.minds_hidden_slots = self.prompt_positions is None
+
+    def _look_at_layers(self) -> None:
+        """Sorts the cache's layers. Some models add layers in their first pass."""
+        self._layers = decoder_layers(self.cache)
+        self._sliding = [layer for layer in self._layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        self._linear = [layer for layer in self._layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
     def _begin(self, model: PreTrainedModel, kwargs: dict[str, Any], prompt: torch.Tensor, runner: Runner) -> None:
         """Sets what does not depend on a cache."""
@@ -168,9 +170,9 @@ class Member:
         index = columns(self.seen, width)  # [B, W]
         real = index < end[:, None]
         held = self._slots.shape[1]
-        new = np.where(real, SEEN, HIDDEN).astype(np.int8)
+        new = np.where(real, SEEN, EMPTY).astype(np.int8)
         if first_pass:
-            new[:, : self.prompt_length - held] = self._prompt_slots[:, held:]
+            new[:, : self.prompt_length - held] = self._prompt_slots(held, self.prompt_length)
         # Padding behind a row's tokens need not be hidden from them: attention is causal
         ahead = new == SEEN if first_pass else np.ones_like(real)
         visible = np.concatenate([self.visible, ahead], axis=1)  # [B, S + W]
@@ -194,11 +196,16 @@ class Member:
             logits, as_usual = self.runner.run(inputs, 0 if first_pass else width)
             self.stopwatch.stop(width if as_usual else None)
         logits = logits[:, -keep:]
+        if first_pass:
+            self._look_at_layers()
 
         self._slots = np.concatenate([self._slots, new], axis=1)
         self.seen = self.seen + count
         self.passes += 1
         return logits[:, : logits.shape[1] - (width - needed)]
+
+    def _prompt_slots(self, first: int, end: int) -> np.ndarray:
+        return np.where(self.prompt_visible[:, first:end], SEEN, MASKED).astype(np.int8)
 
     def _inputs(
         self, chunk: torch.Tensor, visible: np.ndarray, positions: np.ndarray, masked: bool, **more
@@ -259,16 +266,16 @@ class Member:
                 dropped = np.maximum(self.seen - self._snapshots.restore(int(length.min())), 0)
             self._snapshots.forget_before(int(settled.min()))
         if dropped.any():
-            from_end = self.visible[:, ::-1].cumsum(1)[:, ::-1]  # 1 for a row's last visible slot
-            self._slots = np.where(self.visible & (from_end <= dropped[:, None]), HIDDEN, self._slots)
+            from_end = (self._slots != EMPTY)[:, ::-1].cumsum(1)[:, ::-1]  # 1 for a row's last token
+            self._slots = np.where(from_end <= dropped[:, None], EMPTY, self._slots)
             self.seen = self.seen - dropped
 
-    def insert_holes(self, slots: int) -> None:
-        """Puts so many holes behind all that was read, if the cache has layers of full attention only."""
+    def insert_masked(self, slots: int) -> None:
+        """Puts so many masked slots behind all that was read, if the cache has layers of full attention only."""
         if slots and all(type(layer) is DynamicLayer and layer.is_initialized for layer in self._layers):
             for layer in self._layers:
                 append_slots(layer, slots)
-            self._slots = np.pad(self._slots, ((0, 0), (0, slots)), constant_values=HOLE)
+            self._slots = np.pad(self._slots, ((0, 0), (0, slots)), constant_values=MASKED)
 
     def release(self, length: int, copied: bool = True) -> Cache | None:
         """
@@ -284,6 +291,8 @@ class Member:
         length = int(self.seen.min())
         self._tidy()
         if self._slots.shape[1] != length or self._misaligned():
+            if self._linear:  # states of convolutions cannot be compacted
+                return None
             self._compact(length)
         for layer in self._layers:
             if hasattr(layer, "record_past"):
@@ -309,7 +318,7 @@ class Member:
 
     def _tidy(self, room: int = 0) -> None:
         """
-        Crops slots that are hidden in every row at the end; compacts if it must, as it may to make room for so many
+        Crops slots at the end that no row has a token in; compacts if it must, as it may to make room for so many
         slots, or if it pays.
         """
         slots = self._slots.shape[1]
@@ -321,7 +330,7 @@ class Member:
             remove_last([x for x in self._layers if self._snapshots is None or x not in self._linear], unused)
             self._slots = self._slots[:, : slots - unused]
 
-        needed = int((self._slots != HIDDEN).sum(1).max())
+        needed = int((self._slots != EMPTY).sum(1).max())
         full = self.runner.slots is not None and slots - unused + room > self.runner.slots
         pays = self.windowed or slots - unused - needed > max(16, COMPACT_AT * needed)
         if (full or pays) and not self._linear and self._misaligned():
@@ -349,12 +358,12 @@ class Member:
                 layer.values = torch.cat([values, layer.values], dim=2)
 
     def _misaligned(self) -> bool:
-        """Whether some row has a hidden slot behind a visible one."""
-        return bool(((self._slots[:, :-1] != HIDDEN) & (self._slots[:, 1:] == HIDDEN)).any())
+        """Whether some row has a slot without a token behind one with a token."""
+        return bool(((self._slots[:, :-1] != EMPTY) & (self._slots[:, 1:] == EMPTY)).any())
 
     def _compact(self, length: int) -> None:
-        """Moves every row's hidden slots before the others, and keeps the last `length` slots."""
-        order = (self._slots != HIDDEN).argsort(axis=1, kind="stable")[:, -length:]  # [B, length]
+        """Moves every row's empty slots before the others, and keeps the last `length` slots."""
+        order = (self._slots != EMPTY).argsort(axis=1, kind="stable")[:, -length:]  # [B, length]
         slots = self._slots.shape[1]
         self._slots = np.take_along_axis(self._slots, order, axis=1)
         for layer in self._layers:

@@ -78,7 +78,7 @@ class UncachedMember(Member):
     def forget(self, length, settled):
         self.seen, self.settled = np.minimum(self.seen, length), settled
 
-    def insert_holes(self, slots):
+    def insert_masked(self, slots):
         pass
 
     def release(self, length, copied=True):

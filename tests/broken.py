@@ -1,4 +1,6 @@
-"""Models that are wrong in one way, as a new version of transformers or custom code may make them."""
+"""Models that read in a wrong way, as a new version of transformers or custom code may make them."""
+
+import inspect
 
 import torch
 
@@ -10,25 +12,24 @@ def held(inputs):
     return 0 if cache is None else cache.get_seq_length()
 
 
-def ignores_its_cache(forward, inputs):
+def _positions(inputs, first):
+    ids = inputs["input_ids"]
+    return torch.arange(first, first + ids.shape[1])[None].expand_as(ids)
+
+
+def ignores_its_cache(model, forward, inputs):
     """As Llama did in transformers 5.24, when it was given its cache by the name of before."""
     return forward(**without_cache(inputs))
 
 
-def counts_what_it_forgot(forward, inputs, read=[0]):
+def counts_what_it_forgot(model, forward, inputs):
     """Its positions go on after a roll-back."""
-    length = inputs["input_ids"].shape[1]
-    read[0] = length if held(inputs) == 0 else read[0] + length
-    first = read[0] - length
-    inputs["position_ids"] = torch.arange(first, first + length)[None].expand_as(inputs["input_ids"])
-    return forward(**inputs)
+    first = 0 if held(inputs) == 0 else model.read
+    model.read = first + inputs["input_ids"].shape[1]
+    return forward(**inputs | {"position_ids": _positions(inputs, first)})
 
 
-def sees_hidden_slots(forward, inputs):
-    return forward(**{**inputs, "attention_mask": None})
-
-
-def drops_a_token(forward, inputs):
+def drops_a_token(model, forward, inputs):
     """Its cache loses a token of every pass over several that is not the first."""
     begins = held(inputs) == 0
     out = forward(**inputs)
@@ -38,44 +39,47 @@ def drops_a_token(forward, inputs):
     return out
 
 
-def keeps_a_state(forward, inputs, state=[None]):
-    """It remembers what it has read outside of its cache."""
+def keeps_a_state(model, forward, inputs):
+    """It remembers outside of its cache what it has read."""
+    begins = held(inputs) == 0
     out = forward(**inputs)
-    begins = held(inputs) == inputs["input_ids"].shape[1]
-    before = torch.zeros_like(out.logits[:, :1]) if begins or state[0] is None else state[0]
-    total = before + torch.nn.functional.one_hot(inputs["input_ids"], out.logits.shape[-1]).cumsum(1)
-    state[0] = total[:, -1:]
-    out.logits = out.logits + total[:, -out.logits.shape[1] :].to(out.logits.dtype)
+    read = torch.nn.functional.one_hot(inputs["input_ids"], out.logits.shape[-1]).cumsum(1)
+    read = read if begins else read + model.read
+    model.read = read[:, -1:]
+    out.logits = out.logits * (1 - 0.5 * read[:, -out.logits.shape[1] :].clamp(max=2)).to(out.logits.dtype)
     return out
 
 
-def positions_from_slots(forward, inputs):
-    first, length = held(inputs), inputs["input_ids"].shape[1]
-    inputs["position_ids"] = torch.arange(first, first + length)[None].expand_as(inputs["input_ids"])
-    return forward(**inputs)
+def sees_hidden_slots(model, forward, inputs):
+    mask = inputs.get("attention_mask")
+    return forward(**inputs | {"attention_mask": None if mask is None else torch.ones_like(mask)})
 
 
-def window_over_slots(forward, inputs, window=6):
-    """Reaches back over so many slots, hidden ones among them."""
+def positions_from_slots(model, forward, inputs):
+    return forward(**inputs | {"position_ids": _positions(inputs, held(inputs))})
+
+
+def windows_count_slots(model, forward, inputs):
+    """It sees so many slots back, hidden ones among them; its config says so, and its cache does not."""
     slots = held(inputs) + inputs["input_ids"].shape[1]
     mask = inputs.get("attention_mask")
     mask = torch.ones(len(inputs["input_ids"]), slots, dtype=torch.long) if mask is None else mask.clone()
     if inputs["input_ids"].shape[1] == 1:
-        mask[:, :-window] = 0
-    return forward(**{**inputs, "attention_mask": mask})
+        mask[:, : -model.config.window_size] = 0
+    return forward(**inputs | {"attention_mask": mask})
 
 
-SINGLE = [ignores_its_cache, counts_what_it_forgot, drops_a_token, keeps_a_state]  # wrong for one row already
-IN_BATCHES = [sees_hidden_slots, positions_from_slots]  # wrong where there are hidden slots
+ALWAYS = [ignores_its_cache, counts_what_it_forgot, drops_a_token, keeps_a_state]  # for single rows as well
+WITH_HIDDEN_SLOTS = [sees_hidden_slots, positions_from_slots, windows_count_slots]
 
 
 def broken(model, way):
-    """The model, which reads in a wrong way from now on."""
+    """The model, which reads in this wrong way from now on."""
     forward = model.forward
 
-    def wrong(self, *args, **inputs):
-        return way(forward, inputs)
+    def wrong(*args, **inputs):
+        return way(model, forward, inputs)
 
-    wrong.__signature__ = __import__("inspect").signature(forward)
-    model.forward = wrong.__get__(model)
+    wrong.__signature__ = inspect.signature(forward)
+    model.forward = wrong
     return model

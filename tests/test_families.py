@@ -65,6 +65,32 @@ def test_rows_in_step(family, likeness, batch):
     assert_same(models, inputs, settings, max_new_tokens=24, do_sample=True, drafter="prompt_lookup")
 
 
+HOLES = {  # prompts as people give them by mistake, or to hide a part: transformers decodes them
+    "right": [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]],
+    "within": [[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 1, 1]],
+    "one row": [[1, 1, 0, 1, 1, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("holes", HOLES)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral", "bloom", "mpt", "lfm2", "llama4"])
+def test_tokens_of_a_prompt_that_are_hidden(family, holes):
+    """They keep their slots, in which windows are measured, and the cache is handed out as generate() leaves it."""
+    models, mask = members(family, 2, 0.6), torch.tensor(HOLES[holes])
+    inputs = {"input_ids": prompts(1)["input_ids"] * mask, "attention_mask": mask}
+    assert_same(models, inputs, dict(num_assistant_tokens=2), eos_token_id=[VOCAB + 1])
+    own = models[0].generate(**inputs, max_new_tokens=14, eos_token_id=[VOCAB + 1], return_dict_in_generate=True)
+    out = generate(models, inputs, EnsembleConfig(weights=[1.0, 0.0]), eos_token_id=[VOCAB + 1])
+    assert out.sequences.tolist() == own.sequences.tolist()
+    if out.past_key_values is not None:
+        held = out.past_key_values.get_seq_length()
+        assert 7 < held <= own.past_key_values.get_seq_length()
+        i = next(i for i, layer in enumerate(out.past_key_values.layers) if hasattr(layer, "keys"))
+        mine, theirs = (output.past_key_values.layers[i].keys for output in (out, own))
+        if family in ("llama", "bloom", "mpt", "lfm2"):  # others hold a window
+            torch.testing.assert_close(mine, theirs[:, :, :held], rtol=0, atol=1e-4)
+
+
 MIXED = [("llama", "qwen3", "gpt2"), ("gemma3", "bloom", "llama"), ("xglm", "llama", "gpt2"), ("opt", "lfm2", "mpt")]
 
 

@@ -21,6 +21,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_spec_ensemble as se
+from hf_spec_ensemble.candidates import ROOM, EnsembleCandidateGenerator
+from hf_spec_ensemble.compat import given_cache
 from hf_spec_ensemble.estimates import Acceptance, PassCosts
 from hf_spec_ensemble.verify import residual_probs, verify_maximal
 
@@ -432,7 +434,7 @@ def watched(models, config, batch, new_tokens):
     columns, held = [], []
 
     def note(module, args, kwargs):
-        held.append((kwargs["past_key_values"].get_seq_length(), int(kwargs["position_ids"].max()) + 1))
+        held.append((given_cache(kwargs).get_seq_length(), int(kwargs["position_ids"].max()) + 1))
 
     class Watch(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -460,3 +462,74 @@ def test_a_long_text_of_members_that_disagree(new_tokens):
     assert (slots < 1.25 * longest + 30).all()
     third = new_tokens // 3
     assert 0.75 < (passes[-1] - passes[-1 - third]) / (passes[third] - passes[0]) < 1.25
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """How many tokens a row the calls made room for, each time a round ended."""
+    sizes, retire = [], EnsembleCandidateGenerator.retire
+
+    def note(self, wanted):
+        sizes.append(self.ids.shape[1])
+        retire(self, wanted)
+
+    monkeypatch.setattr(EnsembleCandidateGenerator, "retire", note)
+    return sizes
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("drafter", [None, "prompt_lookup"])
+def test_room_is_made_for_the_text_and_not_for_the_longest_allowed(batch, drafter, room):
+    models, inputs = members("llama", 2), prompts(batch)
+    call = dict(ensemble_config=se.EnsembleConfig(num_assistant_tokens=3, trace=True), drafter=drafter)
+    eos = list(range(2, VOCAB, 4))
+    call |= dict(assistant_model=models[1:], do_sample=False, eos_token_id=eos, return_dict_in_generate=True)
+    text = models[0].generate(**inputs, **call, max_new_tokens=60).sequences
+    assert text.shape[1] < PROMPT + 60, "not a test of texts that end"
+    room.clear()
+    assert models[0].generate(**inputs, **call, max_new_tokens=10**9).sequences.tolist() == text.tolist()
+    assert max(room) <= ROOM
+
+
+class LongEnough(StoppingCriteria):
+    """A length that the engine does not know of."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_room_grows_with_the_text(room):
+    new_tokens = 2 * ROOM + 50
+    models = unrelated(2, 2 * new_tokens)
+    texts = []
+    for longest in (PROMPT + new_tokens, 10**9):
+        criteria = [LongEnough(PROMPT + new_tokens)]
+        config = oracle.config_of("weighted", 2, num_assistant_tokens=[3, 2])
+        out = generate(models, prompts(3), config, do_sample=False, max_length=longest, stopping_criteria=criteria)
+        texts.append(out.tolist())
+    assert texts[0] == texts[1] and len(texts[0][0]) == PROMPT + new_tokens
+    assert len(set(room)) <= 6 and max(room) <= 3 * (PROMPT + new_tokens)
+
+
+# --- Types of prompts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("draw", [dict(do_sample=False), dict(do_sample=True)], ids=str)
+def test_prompts_of_32_bits(draw, batch):
+    """transformers decodes them, and returns 64 bits."""
+    models, inputs = members("llama", 2, likeness=0.6), prompts(batch)
+    narrow = inputs | {"input_ids": inputs["input_ids"].int()}
+    texts = []
+    for given, speculative, drafter in (
+        (narrow, True, None), (narrow, True, "prompt_lookup"), (narrow, False, None), (inputs, False, None),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        config = se.EnsembleConfig(num_assistant_tokens=2, speculative=speculative)
+        texts.append(generate(models, given, config, drafter=drafter, max_new_tokens=8, **draw))
+    assert narrow["input_ids"].dtype == torch.int32
+    for text in texts:
+        assert text.dtype == torch.int64 and text.tolist() == texts[-1].tolist()

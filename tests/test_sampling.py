@@ -68,8 +68,8 @@ def p_value(models, prompts, config, name, shaped=False, **kwargs) -> float:
     return chi_square_p([counts(text) for text in texts], probs)
 
 
-def small_members(n: int, family: str = "llama") -> list:
-    return [copy.deepcopy(model).float() for model in members(family, n, vocab=VOCAB)]
+def small_members(n: int, family: str = "llama", likeness: float = 0.9) -> list:
+    return [copy.deepcopy(model).float() for model in members(family, n, likeness, vocab=VOCAB)]
 
 
 # Half of all combinations, the one in which any three of prompts, roles, coupling and shape meet in every way; of three
@@ -107,6 +107,33 @@ def test_samples_of_different_proposal_lengths(lengths, n):
     models = small_members(n, "gemma3")
     config = oracle.config_of("weighted", n, num_assistant_tokens=lengths, coupling="maximal")
     assert p_value(models, 3, config, "weighted") > 1e-3
+
+
+@pytest.mark.parametrize("coupling", ["maximal", "gumbel"])
+@pytest.mark.parametrize("family", ["lfm2", "mpt"])
+def test_samples_of_rows_in_step(family, coupling):
+    """Rows are cut to the slowest, those that would end among them: by another's draws, never by their own."""
+    config = oracle.config_of("weighted", 2, num_assistant_tokens=2, coupling=coupling)
+    assert p_value(small_members(2, family), 1, config, "weighted") > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2, 3])  # of 2, the second proposal is the text's end; of 3, only EOS is
+def test_samples_of_four_rows_in_step_drawn_one_call_at_a_time(length):
+    """In a large batch some row always loses its first proposal; among four, rows also go on together, or alone."""
+    models = small_members(2, "lfm2", likeness=0.0)
+    config = oracle.config_of("weighted", 2, num_assistant_tokens=2, coupling="maximal")
+    torch.manual_seed(0)
+    prompt = torch.tensor(PROMPTS[:1])
+    texts = []
+    for _ in range(1500):
+        out = models[0].generate(
+            prompt, attention_mask=torch.ones_like(prompt), assistant_model=models[1:], ensemble_config=config,
+            do_sample=True, max_new_tokens=length, num_return_sequences=4,
+        )[:, prompt.shape[1] :]  # fmt: skip
+        texts.append(torch.nn.functional.pad(out, (0, length - out.shape[1]), value=PAD))
+    probs = oracle.continuation_probs(models, prompt[0], "weighted", length)
+    assert chi_square_p([counts(torch.cat(texts), length)], [probs.flatten()]) > 1e-3
 
 
 @pytest.mark.slow

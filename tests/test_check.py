@@ -1,0 +1,119 @@
+"""Models that read in a wrong way are found before the first token, and those that read well are not suspected."""
+
+import copy
+
+import broken
+import pytest
+import torch
+from families import FAMILIES, IN_FLOAT32, MORE_FAMILIES, members, prompts, tiny
+
+import hf_spec_ensemble as se
+from hf_spec_ensemble.check import reading_of
+from hf_spec_ensemble.runner import Runner, StaticRunner
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def generate(models, batch=1, speculative=True, **kwargs):
+    config = se.EnsembleConfig(speculative=speculative, num_assistant_tokens=[3, 2], **kwargs)
+    return models[0].generate(
+        **prompts(batch), assistant_model=models[1:], ensemble_config=config, max_new_tokens=12, do_sample=False
+    ).tolist()
+
+
+def pair(way, where=1):
+    models = copy.deepcopy(members("llama", 2))
+    models[where].config.window_size = 6
+    models[where] = broken.broken(models[where], way)
+    return models
+
+
+@pytest.mark.parametrize("where", [0, 1], ids=["main model", "assistant"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("way", broken.ALWAYS)
+def test_a_model_that_reads_in_a_wrong_way_is_refused(way, batch, where):
+    models, tokens = pair(way, where), []
+    with pytest.raises(ValueError, match=r"A LlamaForCausalLM cannot be a member here: it reads .* differently"):
+        models[0].generate(
+            **prompts(batch), assistant_model=models[1:], ensemble_config=se.EnsembleConfig(), max_new_tokens=9,
+            stopping_criteria=[lambda ids, scores: tokens.append(ids) or torch.zeros(len(ids), dtype=torch.bool)],
+        )  # fmt: skip
+    assert not tokens
+    assert generate(models, batch, check_members=False), "the switch"
+
+
+def test_an_assistant_that_forgets_is_found_by_the_standard_ensemble_too():
+    with pytest.raises(ValueError, match=r"one token after the other .* use other members\. "):
+        generate(pair(broken.ignores_its_cache), speculative=False)
+
+
+@pytest.mark.parametrize("way", broken.WITH_HIDDEN_SLOTS)
+def test_what_hidden_slots_disturb_goes_in_step(way):
+    """Rows of equal length, which need no hidden slots, are right: that is what the standard ensemble gives."""
+    models = pair(way)
+    inputs = {"input_ids": torch.randint(3, 50, (3, 7), generator=torch.Generator().manual_seed(1))}
+    texts = []
+    for speculative in (True, False):
+        config = se.EnsembleConfig(speculative=speculative, num_assistant_tokens=[3, 2], weights=[0.3, 0.7])
+        call = dict(assistant_model=models[1], ensemble_config=config, max_new_tokens=24, do_sample=False)
+        texts.append(models[0].generate(**inputs, attention_mask=inputs["input_ids"].ge(0).long(), **call).tolist())
+    found = [reading_of(model, {}, Runner(model), speculative=True, rows=True) for model in models]
+    assert [reading.in_step for reading in found] == [False, True]
+    if way is not broken.windows_count_slots:  # that one reads several tokens in another way as well
+        assert texts[0] == texts[1]
+
+
+NOT_STATIC = ("lfm2", "falcon_alibi")  # refused before
+NOT_IN_FLOAT64 = (*IN_FLOAT32, "xglm")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_no_false_alarms(family, dtype):
+    if dtype == torch.float64 and family in NOT_IN_FLOAT64:
+        pytest.skip("transformers runs it in float32 only")
+    model = copy.deepcopy(tiny(family)).to(dtype)
+    for static in (False, True) if family not in NOT_STATIC else (False,):
+        runner = StaticRunner(model, 64) if static else Runner(model)
+        for speculative in (True, False):
+            for rows in (False, True):
+                reading = reading_of(model, {}, runner, speculative, rows)
+                assert reading.fault is None and reading.unknown is None, (reading, static, speculative, rows)
+
+
+def test_it_disturbs_nothing():
+    models = copy.deepcopy(members("llama", 2))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    for model in models:
+        reading_of(model, {}, Runner(model), speculative=True, rows=True)
+    assert torch.equal(before, torch.get_rng_state())
+    config = se.EnsembleConfig(num_assistant_tokens=1, trace=True)
+    out = models[0].generate(
+        **prompts(1), assistant_model=models[1:], ensemble_config=config, max_new_tokens=4, return_dict_in_generate=True
+    )
+    assert sum(out.stats.forward_passes) == len(out.trace.passes) <= 8
+
+
+def test_a_model_is_checked_once(monkeypatch):
+    models, passes = copy.deepcopy(members("llama", 2)), []
+    for model in models:
+        model.register_forward_pre_hook(lambda *_: passes.append(1))
+    counts = []
+    for _ in range(2):
+        passes.clear()
+        generate(models)
+        counts.append(len(passes))
+    assert counts[0] == counts[1] + 2 * 3
+
+
+def test_a_model_in_training_mode_is_not_refused(caplog):
+    models = copy.deepcopy(members("gpt2", 2))
+    models[1].config.attn_pdrop = 0.5
+    for module in models[1].modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    models[1].train()
+    generate(models)
+    assert "training mode" in caplog.text and "model.eval()" in caplog.text
