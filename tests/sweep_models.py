@@ -19,71 +19,96 @@ from transformers.models.auto.modeling_auto import (
 
 VOCAB = 50
 PAD, BOS, EOS = 0, 1, 2
+SIZE = 32
 LAYERS = 2
 LIKENESS = 0.8
 WINDOW = 8  # shorter than the texts
 POSITIONS = 256
 
-# What every configuration that has such a setting is given. A name for several sizes is in SETTINGS instead.
+# What every configuration that has settings of these names is given; by value
 SMALL = [
     (
-        32,
-        "hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim input_embedding_size "
-        "output_embedding_size intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff ffn_hidden_size dim_ff dff "
-        "intermediate_size_mlp feed_forward_size d_inner ffn_hidden_size dense_intermediate_size d_embed out_hidden_size "
-        "prefix_dense_intermediate_size lru_width attention_hidden_size d_in backbone_hidden_size mlp_hidden_size "
-        "projection_dim hidden_dim adapter_in_dim adapter_out_dim adapter_input_size audio_hidden_size mm_embed_dim output_proj_dims downsample_hidden_size "
-        "hidden_size_global ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels router_hidden_size cross_attention_hidden_size output_dim emb_dim text_hidden_size projector_hidden_size",
+        SIZE,
+        """
+        hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim input_embedding_size
+        output_embedding_size intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff ffn_hidden_size
+        dim_ff dff intermediate_size_mlp feed_forward_size d_inner dense_intermediate_size d_embed
+        out_hidden_size prefix_dense_intermediate_size lru_width attention_hidden_size d_in backbone_hidden_size
+        mlp_hidden_size projection_dim hidden_dim adapter_in_dim adapter_out_dim adapter_input_size
+        audio_hidden_size mm_embed_dim output_proj_dims downsample_hidden_size hidden_size_global
+        ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels router_hidden_size
+        cross_attention_hidden_size output_dim emb_dim text_hidden_size projector_hidden_size
+        """,
     ),
     (
         16,
-        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
-        "moe_shared_expert_intermediate_size shared_experts_intermediate_size block_ffn_dim intermediate_channel",
+        """
+        moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size
+        moe_shared_expert_intermediate_size shared_experts_intermediate_size block_ffn_dim intermediate_channel
+        """,
     ),
     (
         LAYERS,
-        "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
-        "num_encoder_layers depth encoder_num_hidden_layers speech_encoder_layers t2u_encoder_layers t2u_decoder_layers",
+        """
+        num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
+        num_encoder_layers depth encoder_num_hidden_layers speech_encoder_layers t2u_encoder_layers
+        t2u_decoder_layers
+        """,
     ),
     (
         4,
-        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
-        "num_encoder_attention_heads num_decoder_attention_heads num_experts num_local_experts n_routed_experts "
-        "moe_num_experts num_attention_heads_per_layer swa_num_attention_heads speech_encoder_attention_heads "
-        "t2u_encoder_attention_heads t2u_decoder_attention_heads",
+        """
+        num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+        attention_heads num_encoder_attention_heads num_decoder_attention_heads num_experts num_local_experts
+        n_routed_experts moe_num_experts num_attention_heads_per_layer swa_num_attention_heads
+        speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads
+        """,
     ),
     (
         2,
-        "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
-        "swa_num_key_value_heads linear_num_key_heads linear_num_value_heads index_n_heads type_vocab_size",
+        """
+        num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts
+        swa_num_key_value_heads linear_num_key_heads linear_num_value_heads index_n_heads type_vocab_size
+        """,
     ),
     (
         8,
-        "head_dim attention_head_dim attention_head_size kv_channels d_kv v_head_dim qk_rope_head_dim qk_nope_head_dim "
-        "q_lora_rank kv_lora_rank o_lora_rank swa_head_dim linear_key_head_dim linear_value_head_dim index_head_dim "
-        "index_topk mamba_d_state mamba_chunk_size mamba_d_head mamba_n_heads state_size mamba_num_heads mamba_head_dim "
-        "ssm_state_size chunk_size rotary_dim linear_head_dim global_head_dim hidden_size_per_layer_input d_rel",
+        """
+        head_dim attention_head_dim attention_head_size kv_channels d_kv v_head_dim qk_rope_head_dim
+        qk_nope_head_dim q_lora_rank kv_lora_rank o_lora_rank swa_head_dim linear_key_head_dim
+        linear_value_head_dim index_head_dim index_topk mamba_d_state mamba_chunk_size mamba_d_head
+        mamba_n_heads state_size mamba_num_heads mamba_head_dim ssm_state_size chunk_size rotary_dim
+        linear_head_dim global_head_dim hidden_size_per_layer_input d_rel
+        """,
     ),
     (
         1,
-        "n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace num_dense_layers mamba_n_groups "
-        "n_groups max_window_layers moe_num_shared_experts num_expert_group",
+        """
+        n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace num_dense_layers
+        mamba_n_groups n_groups max_window_layers moe_num_shared_experts num_expert_group
+        """,
     ),
     (
         WINDOW,
-        "sliding_window attention_chunk_size local_attention window_size sliding_window_size "
-        "attention_window_size attention_window keep_window_size block_size",
+        """
+        sliding_window attention_chunk_size local_attention window_size sliding_window_size
+        attention_window_size attention_window keep_window_size block_size
+        """,
     ),
     (
         POSITIONS,
-        "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length "
-        "max_seqlen original_max_position_embeddings",
+        """
+        max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length max_seqlen
+        original_max_position_embeddings
+        """,
     ),
     (64, "max_source_positions"),
     (
         VOCAB,
-        "vocab_size vocab_size_per_layer_input unpadded_vocab_size src_vocab_size tgt_vocab_size "
-        "decoder_vocab_size output_vocab_size t2u_vocab_size audio_vocab_size n_words",
+        """
+        vocab_size vocab_size_per_layer_input unpadded_vocab_size src_vocab_size tgt_vocab_size
+        decoder_vocab_size output_vocab_size t2u_vocab_size audio_vocab_size n_words
+        """,
     ),
     (PAD, "pad_token_id pad_index pad_token"),
     (BOS, "bos_token_id decoder_start_token_id bos_index"),
@@ -94,7 +119,12 @@ SMALL = [
     (False, "use_mamba_kernels use_associative_scan use_mambapy"),
     (0.3, "initializer_range init_std"),
     (4.0, "initializer_factor"),
-    (0.0, "dropout hidden_dropout_prob attention_probs_dropout_prob layerdrop encoder_layerdrop decoder_layerdrop"),
+    (
+        0.0,
+        """
+        dropout hidden_dropout_prob attention_probs_dropout_prob layerdrop encoder_layerdrop decoder_layerdrop
+        """,
+    ),
 ]
 SETTINGS = [(name, value) for value, names in SMALL for name in names.split()]
 
@@ -162,7 +192,7 @@ SPECIAL: dict[str, dict] = {
     "zaya": dict(num_experts_per_tok=1),
 }
 
-LAYER_COUNTS = next(names.split() for _, names in SMALL if names.startswith("num_hidden_layers"))
+LAYER_COUNTS = next(names.split() for _, names in SMALL if "num_hidden_layers" in names.split())
 LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "indexer_types")
 
 
@@ -228,7 +258,7 @@ def small(config_class: type[PreTrainedConfig], **settings) -> PreTrainedConfig:
         if isinstance(defaults.get(name), list):
             distinct = list(dict.fromkeys(defaults[name]))
             chosen[name] = (distinct * layers)[:layers]
-    return config_class(**{key: value for key, value in (chosen | special).items()})
+    return config_class(**chosen | special)
 
 
 def build(entry: Entry, seed: int, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
