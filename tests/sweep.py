@@ -334,8 +334,11 @@ def sweep(entry: Entry, ways: tuple[str, ...] = WAYS, seconds: int = SECONDS) ->
         with limited(seconds):
             _sweep(entry, ways, report)
     except OutOfTime as error:
-        report.ways["time"] = Result(CRASH, str(error))
-        report.outcome = CRASH
+        if report.ways:
+            report.ways["time"] = Result(CRASH, str(error))
+            report.outcome = CRASH
+        else:
+            report.reason = f"transformers alone {error}"
     report.seconds = round(time.perf_counter() - began, 2)
     return report
 
@@ -364,7 +367,7 @@ def _sweep(entry: Entry, ways: tuple[str, ...], report: Report) -> None:
         try:
             trial = Trial(members(entry, dtype))
         except Exception as error:
-            report.reason = f"transformers alone fails: {said(error)}"
+            report.reason = f"cannot be built: {said(error)}"
             return
         alone.reason = trial.try_alone(alone)
         tried.append((bool(alone.reason), len(alone.notes), len(tried), alone, trial))

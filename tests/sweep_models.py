@@ -236,22 +236,28 @@ def _names(config_class) -> dict:
         return {f.name: f.default for f in dataclasses.fields(config_class)}
 
 
+def _part(config_class, name: str, default) -> type[PreTrainedConfig] | None:
+    """The class of a part of a configuration; none where it has none by default."""
+    if isinstance(default, PreTrainedConfig):
+        return type(default)
+    part = config_class.sub_configs[name]
+    if isinstance(part, type) and issubclass(part, PreTrainedConfig):
+        return part
+    usual = getattr(config_class, "sub_configs_defaults", {}).get(name)
+    return CONFIG_MAPPING[usual.model_type] if getattr(usual, "model_type", None) else None
+
+
 def small(config_class: type[PreTrainedConfig], **settings) -> PreTrainedConfig:
     """A tiny configuration. `settings` are taken as they are; of a part's, by the name of the part, a dict."""
     special = copy.deepcopy(SPECIAL.get(config_class.model_type, {})) | settings
     defaults = _names(config_class)
     chosen = {name: value for name, value in SETTINGS if name in defaults}
-    for name, part in config_class.sub_configs.items():
-        default = defaults.get(name)
-        part = special[name].pop("class", None) if isinstance(special.get(name), dict) else None
-        part = part or (type(default) if isinstance(default, PreTrainedConfig) else config_class.sub_configs[name])
-        if name in special and not isinstance(special[name], dict):
-            continue
-        if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part is not PreTrainedConfig:
+    for name in config_class.sub_configs:
+        if isinstance(special.get(name, {}), dict) and (part := _part(config_class, name, defaults.get(name))):
             chosen[name] = small(part, **special.pop(name, {}))
-    kinds = [list(dict.fromkeys(defaults[name])) for name in LAYER_LISTS if isinstance(defaults.get(name), list)]
     if "kv_lora_rank" in defaults:
         chosen["num_key_value_heads"] = 4  # multi-head latent attention
+    kinds = [list(dict.fromkeys(defaults[name])) for name in LAYER_LISTS if isinstance(defaults.get(name), list)]
     layers = max([LAYERS, *map(len, kinds)])
     chosen |= {name: layers for name in chosen if name in LAYER_COUNTS}
     for name in LAYER_LISTS:
