@@ -363,6 +363,8 @@ def sweep(entry: Entry, ways: tuple[str, ...] = WAYS, seconds: int = SECONDS) ->
             report.outcome = CRASH
         else:
             report.reason = f"transformers alone {error}"
+    except Exception as error:  # one model's must not end the sweep
+        report.outcome, report.reason = CRASH, f"of the sweep itself: {said(error)}"
     report.seconds = round(time.perf_counter() - began, 2)
     return report
 

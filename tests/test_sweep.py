@@ -5,9 +5,11 @@ from sweep import CRASH, NOT_TRIED, WRONG, line, quick, quiet
 from sweep_models import entries
 
 
-# What transformers alone cannot do with text and a tiny configuration: drafters that need their target, and a
-# model whose images want another package.
-UNTRIED = ("gemma3n", "gemma4_assistant", "gemma4_unified_assistant")
+# What transformers 5.24 alone cannot do with text: drafters that need their target, codebooks of music, models that
+# must be given speech, or whose images want another package, and xLSTM, which finds its own state of a wrong shape.
+UNTRIED = (
+    "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "voxtral_realtime", "xlstm"
+)  # fmt: skip
 
 pytestmark = pytest.mark.slow
 
