@@ -22,6 +22,11 @@ PAD, BOS, EOS = 0, 1, 2
 SIZE = 32
 LAYERS = 2
 LIKENESS = 0.8
+UNLIKE = 0.2  # of those whose members agree on nearly everything
+AGREEING = (
+    "bigbird_pegasus", "biogpt", "falcon", "gemma2", "gemma3", "gemma3_text", "gemma4_text", "gemma4_unified_text",
+    "gpt_neox_japanese", "minicpm3", "openai-gpt", "pegasus", "pegasus_x", "t5gemma", "t5gemma2", "xglm", "xlm",
+)  # fmt: skip
 WINDOW = 8  # shorter than the texts
 POSITIONS = 256
 
@@ -304,5 +309,5 @@ def members(entry: Entry, dtype: torch.dtype = torch.float64) -> list[PreTrained
     one, two = (build(entry, seed, dtype) for seed in range(2))
     with torch.no_grad():
         for parameter, first in zip(two.parameters(), one.parameters()):
-            parameter.lerp_(first, LIKENESS)
+            parameter.lerp_(first, UNLIKE if entry.model_type in AGREEING else LIKENESS)
     return [one, two]

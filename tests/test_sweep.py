@@ -8,7 +8,8 @@ from sweep_models import entries
 # What transformers 5.24 alone cannot do with text: drafters that need their target, codebooks of music, models that
 # must be given speech, or whose images want another package, and xLSTM, which finds its own state of a wrong shape.
 UNTRIED = (
-    "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "voxtral_realtime", "xlstm"
+    "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "voxtral_realtime",
+    "xlstm",
 )  # fmt: skip
 
 pytestmark = pytest.mark.slow
