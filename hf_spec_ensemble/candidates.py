@@ -142,6 +142,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.verified = np.full(batch, prompt_length)
         self.total = self.verified.copy()
         self.sealed = np.zeros(batch, bool)  # the last token ends the text: nothing follows it
+        self.barred = np.zeros(batch, bool)  # the last token is a draft that a processor forbids: nor here, so far
         self.active = np.ones(batch, bool)  # rows whose text goes on
         self.current: int | None = None  # the author of the last pass, and its consecutive passes
         self.turn = 0
@@ -204,6 +205,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.verified = self.verified + gained
         self.total = np.where(falls, self.verified, self.total)
         self._seal(falls, last)
+        self.barred &= self.total > self.verified
         # A token drawn from r has been seen by no member; a kept proposal is settled
         keep, settled = np.where(falls, self.verified - 1, self.total), self.verified - falls
         if self.in_step and falls.any():  # rows at their end make room: slots are only removed from all rows
@@ -241,12 +243,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         return np.maximum(seen + 1 - self.verified, 0) * self.active
 
     def _readable(self) -> np.ndarray:
-        """Up to which token `[B]` reading is of use: what follows a sealed row's last token is not wanted."""
-        return (self.total - self.sealed) * self.active
+        """Up to which token `[B]` reading is of use: what follows a closed row's last token is not wanted."""
+        return (self.total - (self.sealed | self.barred)) * self.active
 
     def _open(self) -> np.ndarray:
         """Rows `[B]` in which another token may be proposed."""
-        return self.active & ~self.sealed
+        return self.active & ~(self.sealed | self.barred)
 
     def _situation(self) -> Situation:
         readable = self._readable()
@@ -325,6 +327,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             if tokens and not length:
                 drafter.watch(row, int(self.total[row]), tokens)
             drafts[row] = tokens[:length]
+        forbidden = self._cut_at_forbidden(drafts)
         longest = max(map(len, drafts))
         if not longest:
             return
@@ -341,6 +344,24 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         for j in range(longest):
             self._put(tokens[:, j], np.flatnonzero(added > j), self.total + j)
         self._note(i, trust, drafts)
+        self.barred |= forbidden
+
+    def _cut_at_forbidden(self, drafts: list[list[int]]) -> np.ndarray:
+        """
+        Cuts drafts behind the first token that a function of prefixes forbids: it will be rejected, and the function
+        may fail on what it never allowed. Says which rows `[B]` end with one. The token itself stays a proposal, since
+        what is proposed must not depend on what was drawn.
+        """
+        allowed = [
+            self.distribution.process.allowed(row, self.ids[row, : self.total[row]], tokens) if tokens else 0
+            for row, tokens in enumerate(drafts)
+        ]
+        if self.in_step:
+            allowed = [min(n for n, tokens in zip(allowed, drafts) if tokens)] * len(drafts) if any(drafts) else allowed
+        forbidden = np.array([n < len(tokens) for n, tokens in zip(allowed, drafts)])
+        for row, n in enumerate(allowed):
+            del drafts[row][n + 1 :]
+        return forbidden
 
     def _take_time(self, i: int) -> None:
         """Passes on how long author i took."""

@@ -189,7 +189,7 @@ def _speculative(
     output_scores = bool(output_dict and generation_config.output_scores)
     output_logits = bool(output_dict and generation_config.output_logits)
 
-    process = PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad))
+    process = PositionwiseProcessor(logits_processor)
     recorder = Recorder(input_ids, len(models)) if config.trace else NoRecord()
     candidates_of = EnsembleCandidateGenerator(
         members,
@@ -383,16 +383,11 @@ def _standard(
         given = given_cache(_without_fresh_static_cache(model_kwargs))
         stepper = Stepper(running.runner(model, len(input_ids), given), given)
         model_kwargs = {**without_cache(model_kwargs), OUTPUT_CACHE: stepper.cache}
-    pad = generation_config._pad_token_tensor
     ensemble = EnsembleLogitsProcessor.for_generate(
         model,
         assistants,
         config,
-        process=PositionwiseProcessor(
-            logits_processor,
-            pad_token_id=0 if pad is None else int(pad),
-            in_order=config.combine_on == "raw_logits",
-        ),
+        process=PositionwiseProcessor(logits_processor, in_order=config.combine_on == "raw_logits", beams=beams > 1),
         assistant_kwargs=kwargs_of(assistants),
         running=running,
         ranks=ranks,

@@ -9,6 +9,7 @@ from transformers.generation import logits_process as hf
 
 from .grammar import GrammarMask, holds_grammar
 from .padded import pick
+from .prefix import PrefixConstraint
 
 
 # Processors that read the scores only: one call serves all positions. Every other one is called position by position.
@@ -26,6 +27,8 @@ POSITION_FREE = (
     hf.LogitNormalization,
 )
 
+BY_ROW = (GrammarMask, PrefixConstraint)  # called for all positions at once, and asking row by row
+
 # Processors that keep state from call to call and rely on one call a token, in order.
 STATEFUL = (hf.UnbatchedClassifierFreeGuidanceLogitsProcessor, hf.SynthIDTextWatermarkLogitsProcessor)
 
@@ -35,8 +38,8 @@ class PositionwiseProcessor:
     A `LogitsProcessorList` for pending positions.
 
     A processor that depends on the prefix is called once for each distinct prefix length, always with all B rows in
-    order, since it may keep something per row. Rows that are shorter than that length are padded on the left, as a
-    shorter prompt would be, and their result is not used.
+    order, since it may keep something per row. In the place of a row that has no such prefix it is shown another row's,
+    and its result for that row is not used. `prefix_allowed_tokens_fn` and xgrammar's grammars are asked row by row.
 
     Positions come out of order, and once for each member, so a processor must not keep state from call to call. One
     from outside transformers that changes itself when it is called is taken to do so, unless it says of itself
@@ -44,13 +47,12 @@ class PositionwiseProcessor:
 
     Args:
         processors (`LogitsProcessorList`): As `generate()` prepared it.
-        pad_token_id (`int`): Fills prefixes of rows that are shorter than others.
         in_order (`bool`): Whether it will be called just once for each token, in order, so that state does no harm.
+        beams (`bool`): Whether rows are beams of one prompt, which `prefix_allowed_tokens_fn` constrains together.
     """
 
-    def __init__(self, processors: LogitsProcessorList, pad_token_id: int = 0, in_order: bool = False):
-        self.processors = [GrammarMask(one) if holds_grammar(one) else one for one in processors]
-        self.pad_token_id = pad_token_id
+    def __init__(self, processors: LogitsProcessorList, in_order: bool = False, beams: bool = False):
+        self.processors = [_by_row(one, beams) for one in processors]
         self.in_order = in_order
 
     def __call__(self, logits: torch.Tensor, ids: torch.Tensor, first: np.ndarray, count: np.ndarray) -> torch.Tensor:
@@ -74,11 +76,16 @@ class PositionwiseProcessor:
             if type(processor) in POSITION_FREE:
                 flat = logits.flatten(0, 1)  # [B * K, V]
                 logits = processor(ids.new_empty(len(flat), 0), flat).view_as(logits)
-            elif isinstance(processor, GrammarMask):
+            elif isinstance(processor, BY_ROW):
                 logits = processor(logits, ids, first, count)
             else:
                 logits = self._by_position(processor, logits, ids, first, count)
         return logits
+
+    def allowed(self, row: int, ids: torch.Tensor, draft: list[int]) -> int:
+        """How many tokens of a draft all functions of prefixes allow; arguments as `PrefixConstraint.allowed`."""
+        constraints = [one for one in self.processors if isinstance(one, PrefixConstraint)]
+        return min([constraint.allowed(row, ids, draft) for constraint in constraints], default=len(draft))
 
     def _by_position(self, processor, logits, ids, first, count) -> torch.Tensor:
         out = logits.clone()
@@ -91,10 +98,7 @@ class PositionwiseProcessor:
             short = np.flatnonzero(known < length)
             if len(short):
                 prefix = prefix.clone()
-                for row in short.tolist():
-                    have = max(min(int(known[row]), length), 0)
-                    prefix[row] = self.pad_token_id
-                    prefix[row, length - have :] = ids[row, :have]
+                prefix[torch.from_numpy(short).to(prefix.device)] = ids[rows[0], :length]
             scores = pick(logits, np.maximum(column, 0)[:, None])[:, 0]  # [B, V]
             rows, column = (torch.from_numpy(x).to(out.device) for x in (rows, column[rows]))
             watched = not (self.in_order or _is_known(processor))
@@ -108,6 +112,14 @@ class PositionwiseProcessor:
                     "what it returns depends on its arguments only, set `stateless = True` on it."
                 )
         return out
+
+
+def _by_row(processor: Any, beams: bool) -> Any:
+    if holds_grammar(processor):
+        return GrammarMask(processor)
+    if type(processor) is hf.PrefixConstrainedLogitsProcessor and not beams:
+        return PrefixConstraint(processor)
+    return processor
 
 
 def _is_known(processor: Any) -> bool:
