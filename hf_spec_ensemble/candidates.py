@@ -93,6 +93,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     The rows' tokens are `ids[b, :total[b]]`, of which `ids[b, :verified[b]]` are final; counts are numpy integers.
     Scores of pending positions are held by row, the j-th belonging to token `verified[b] + j`.
 
+    Where processors must be called once for each token, in order, positions are verified one at a time, in all rows
+    that go on (`by_column`).
+
     Args:
         members (`list[Member]`): N, in the order `[model, *assistant_models]`.
         drafters (`list[Member | GeneratorDrafter]`): Propose and are no part of r. The authors are
@@ -133,6 +136,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.schedule = schedule
         self.costs = costs
         self.stop_tokens = frozenset(stop_tokens)
+        self.by_column = distribution.process.once_a_token
         self.in_step = len(input_ids) > 1 and any(model.in_step for model in self.models)
 
         batch, prompt_length = input_ids.shape
@@ -163,6 +167,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         """Runs members until some active row has a position that all have scored. The arguments are not needed."""
         while True:
             scored = self._scored(np.minimum.reduce([member.seen for member in self.members]))  # [B]
+            if self.by_column:  # settle one, once all rows have it
+                scored = np.minimum(scored, 1) * (scored[self.active] > 0).all()
             proposed = np.minimum(scored, self.total - self.verified)
             drawable = scored > proposed
             if drawable.any() or proposed.any():
@@ -412,7 +418,10 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         position = (self.ids, self.verified, count)
         form = self.drawing.form
         log_r = self.distribution.target(evidence, *position, "log_probs") if self.keep_scores else None
-        r = log_r.exp() if self.keep_scores and form == "probs" else self.distribution.target(evidence, *position, form)
+        if log_r is None:
+            r = self.distribution.target(evidence, *position, form)
+        else:  # processors are not called again
+            r = log_r.exp() if form == "probs" else log_r
         q = probs = None
         if self.recorder.on:
             probs = self.distribution.probs(r, form)

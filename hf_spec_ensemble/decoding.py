@@ -189,7 +189,7 @@ def _speculative(
     output_scores = bool(output_dict and generation_config.output_scores)
     output_logits = bool(output_dict and generation_config.output_logits)
 
-    process = PositionwiseProcessor(logits_processor)
+    process = PositionwiseProcessor(logits_processor, pad_token_id=0 if pad is None else int(pad))
     recorder = Recorder(input_ids, len(models)) if config.trace else NoRecord()
     candidates_of = EnsembleCandidateGenerator(
         members,
@@ -387,7 +387,7 @@ def _standard(
         model,
         assistants,
         config,
-        process=PositionwiseProcessor(logits_processor, in_order=config.combine_on == "raw_logits", beams=beams > 1),
+        process=PositionwiseProcessor(logits_processor, beams=beams > 1),
         assistant_kwargs=kwargs_of(assistants),
         running=running,
         ranks=ranks,

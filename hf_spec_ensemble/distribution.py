@@ -50,8 +50,12 @@ class EnsembleDistribution:
         return processed.softmax(-1) if self.on_probs else processed
 
     def proposal(self, evidence: torch.Tensor, ids, first, count, form: str) -> torch.Tensor:
-        """q = softmax(process(logits)) of one member, `[B, K, V]`, from its evidence; `form` as for `target`."""
-        return self._as(form, self.process(evidence, ids, first, count) if self.on_raw_logits else evidence)
+        """
+        q = softmax(process(logits)) of one member, `[B, K, V]`, from its evidence, without processors that want final
+        tokens; `form` as for `target`.
+        """
+        processed = self.process(evidence, ids, first, count, final=False) if self.on_raw_logits else evidence
+        return self._as(form, processed)
 
     def probs(self, values: torch.Tensor, form: str) -> torch.Tensor:
         """q or r `[..., V]`, given in the form `"probs"` or `"scores"`, as probabilities."""
@@ -64,13 +68,14 @@ class EnsembleDistribution:
     def target(self, evidence: Sequence[torch.Tensor], ids, first, count, form: str) -> torch.Tensor:
         """
         r, `[B, K, V]`, from all N members' evidence `[B, K, V]`. Where the processors forbid every token that the
-        plausibility cut leaves (a minimum length, say, when only the end is plausible), there is no cut.
+        plausibility cut leaves (a minimum length, say, when only the end is plausible), there is no cut; but for
+        processors that must not be called again.
 
         Args:
             form (`str`): `"probs"`, `"log_probs"`, or `"scores"`: anything with the same maximum, which is cheapest.
         """
         combined = self._combined(evidence, self.config, ids, first, count)
-        if self.config.plausibility > 0 and self.on_raw_logits:
+        if self.config.plausibility > 0 and self.on_raw_logits and not self.process.once_a_token:
             empty = (combined == -torch.inf).all(-1, keepdim=True)
             if empty.any():
                 uncut = self._combined(evidence, replace(self.config, plausibility=0.0), ids, first, count)

@@ -1,12 +1,19 @@
 """Processors of a user: which prefixes they are shown, how often, and what happens where they leave no token."""
 
 import random
+from collections import deque
 
+import numpy as np
+import oracle
 import pytest
 import torch
 from families import EOS, PAD, members, prompts
+from test_sampling import PROMPTS, chi_square_p, counts, draw, small_members
+from test_sampling import batch as batch_of
+from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, SynthIDTextWatermarkingConfig
 
 from hf_spec_ensemble import EnsembleConfig
+from hf_spec_ensemble.validate import warn_once
 
 
 PROMPT, NEW = 7, 14
@@ -87,3 +94,203 @@ def test_a_token_forced_after_the_trie_is_kept():
         texts.append(generate(models, inputs, config, **given, drafter="prompt_lookup" if speculative else None))
     assert texts[0].sequences.tolist() == texts[1].sequences.tolist()
     assert texts[0].sequences[0, 1] == 11
+
+
+# --- Processors that nobody knows: called once for each token, in order, on final tokens ----------------------------
+
+
+class Unknown(LogitsProcessor):
+    """Keeps what it is shown, and forbids some tokens by how often it was called; subclasses hide that count."""
+
+    def __init__(self):
+        self.shown = []
+
+    def calls(self):
+        raise NotImplementedError
+
+    def __call__(self, input_ids, scores):
+        self.shown = [*self.shown, input_ids.tolist()]
+        forbidden = (torch.arange(scores.shape[1]) + self.calls() * 7 + input_ids[:, -1:]) % 4 == 0
+        return scores.masked_fill(forbidden, -torch.inf)
+
+
+class InAnArray(Unknown):
+    def __init__(self):
+        super().__init__()
+        self.count = np.zeros(1, int)
+
+    def calls(self):
+        self.count[0] += 1
+        return int(self.count[0])
+
+
+class InADeque(Unknown):
+    def __init__(self):
+        super().__init__()
+        self.last = deque([0], maxlen=1)
+
+    def calls(self):
+        self.last.append(self.last[0] + 1)
+        return self.last[0]
+
+
+class InADict(Unknown):
+    def __init__(self):
+        super().__init__()
+        self.counts = {"calls": 0}
+
+    def calls(self):
+        self.counts["calls"] += 1
+        return self.counts["calls"]
+
+
+class Nested(Unknown):
+    def __init__(self):
+        super().__init__()
+        self.inner = InADeque()
+
+    def calls(self):
+        return self.inner.calls()
+
+
+class InAClosure:
+    """No class of its own: a function, wrapped to have `shown`."""
+
+    def __new__(cls):
+        inner = Nested()
+
+        def processor(input_ids, scores):
+            return inner(input_ids, scores)
+
+        processor.inner = inner
+        return processor
+
+
+UNKNOWN = [InAnArray, InADeque, InADict, Nested, InAClosure]
+MANY_ENDS = list(range(2, 50, 7))
+
+
+def seen(processor):
+    return getattr(processor, "inner", processor).shown if not isinstance(processor, Unknown) else processor.shown
+
+
+def in_order(processor):
+    return [len(rows[0]) for rows in seen(processor)] == list(range(PROMPT, PROMPT + len(seen(processor))))
+
+
+@pytest.mark.parametrize("name", ["weighted raw logits", "product"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("processor", UNKNOWN)
+def test_state_that_cannot_be_seen(processor, batch, name):
+    models, inputs = members("llama", 3), prompts(batch)
+    call = dict(logits_processor=[one := processor()], eos_token_id=MANY_ENDS, output_scores=True)
+    out = generate(models, inputs, oracle.config_of(name, 3, num_assistant_tokens=[2, 1, 3]), **call)
+    judge = processor()
+    text, log_r = oracle.greedy(models, inputs, name, NEW, [judge], eos=MANY_ENDS)
+    assert out.sequences.tolist() == text.tolist()
+    assert sum(out.stats.accepted) > 0, "it is speculative"
+    going_on = torch.ones(batch, dtype=torch.bool)
+    for column, formula, tokens in zip(out.scores, log_r, text[:, PROMPT:].T, strict=True):
+        torch.testing.assert_close(column[going_on].double(), formula[going_on], rtol=0, atol=1e-5)
+        going_on &= ~torch.isin(tokens, torch.tensor(MANY_ENDS))
+    assert seen(one) == seen(judge) and in_order(one)
+
+
+@pytest.mark.parametrize("call", [
+    dict(drafter="prompt_lookup"),
+    dict(num_return_sequences=3, temperature=0.7),
+    dict(repetition_penalty=1.4, top_k=9),
+    dict(drafter=members("llama", 4)[3]),
+    dict(stopping_criteria=[MaxLengthCriteria(PROMPT + 5)]),
+], ids=["prompt_lookup", "several texts", "among others", "a model drafts", "stops"])  # fmt: skip
+@pytest.mark.parametrize("coupling", ["gumbel", "maximal"])
+@pytest.mark.parametrize("trace", [False, True])
+def test_an_unknown_processor_in_all_settings(trace, coupling, call):
+    """What it sees is the text, column by column; with noise that is shared the text is the standard ensemble's."""
+    models, inputs = members("llama", 3, 0.5), prompts(3, vocab=20)
+    outputs = []
+    for speculative in (True, False):
+        more = dict(do_sample=True, eos_token_id=MANY_ENDS) | call
+        more |= {} if speculative else dict(drafter=None)
+        config = EnsembleConfig(
+            method="product", speculative=speculative, coupling=coupling, trace=trace and speculative
+        )
+        out = generate(models, inputs, config, logits_processor=[one := Nested()], **more)
+        text = out.sequences.tolist()
+        steps = len(text[0]) - PROMPT
+        assert seen(one) == [[row[: PROMPT + step] for row in text] for step in range(steps)]
+        outputs.append(out)
+    if coupling == "gumbel":
+        assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
+    if trace:
+        for tokens, row in zip(outputs[0].trace.rows, outputs[0].sequences[:, PROMPT:].tolist()):
+            assert [token.token for token in tokens] == row[: len(tokens)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mpt"])
+def test_an_unknown_processor_in_a_batch_of_any_family(family):
+    """MPT's rows must advance in step, Gemma's windows count slots."""
+    models, inputs = members(family, 2), prompts(3)
+    texts = [
+        generate(
+            models, inputs, EnsembleConfig(method="product", speculative=s, num_assistant_tokens=3),
+            logits_processor=[InAnArray()],
+        ).sequences.tolist()
+        for s in (True, False)
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+def test_samples_with_an_unknown_processor_have_the_distribution():
+    """Under the maximal coupling the text is not the standard ensemble's: chi-square against the formula."""
+    models, prompt = small_members(), torch.tensor(PROMPTS[0])
+
+    def favours(input_ids, scores):
+        return scores + torch.linspace(-1, 1, scores.shape[1]) * (input_ids[:, -1:] % 3 - 1)
+
+    config = oracle.config_of("product", 2, coupling="maximal", num_assistant_tokens=2)
+    texts = draw(models, batch_of(1), config, 5000, length=2, logits_processor=[favours], top_k=0)
+    probs = oracle.continuation_probs(models, prompt, "product", 2, [favours])
+    assert chi_square_p([counts(texts[0], 2)], [probs.flatten()]) > 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("feature", [
+    dict(guidance_scale=1.5),
+    dict(watermarking_config=SynthIDTextWatermarkingConfig(ngram_len=3, keys=[654, 400, 836, 123])),
+], ids=["guidance", "watermark"])  # fmt: skip
+def test_transformers_own_processors_with_a_state(feature, draw, batch):
+    models, inputs = members("llama", 3), prompts(batch)
+    texts = [
+        generate(models, inputs, EnsembleConfig(method="product", speculative=s), **feature, **DRAWS[draw])
+        for s in (True, False)
+    ]
+    assert texts[0].sequences.tolist() == texts[1].sequences.tolist()
+    plain = generate(models, inputs, EnsembleConfig(method="product"), **DRAWS[draw]).sequences
+    assert texts[0].sequences.tolist() != plain.tolist()
+
+
+@pytest.mark.parametrize("combine_on", ["probs", "logits"])
+@pytest.mark.parametrize("speculative", [True, False])
+@pytest.mark.parametrize("nested", [False, True])
+def test_where_members_need_it_each_it_is_refused(nested, speculative, combine_on):
+    models, one = members("llama", 2), InADeque()
+    config = EnsembleConfig(combine_on=combine_on, speculative=speculative)
+    processors = [LogitsProcessorList([one])] if nested else [one]
+    message = r"InADeque may keep state.*once for each member.*combine_on='raw_logits'.*stateless = True"
+    with pytest.raises(ValueError, match=message):
+        generate(models, prompts(1), config, logits_processor=processors)
+    assert not one.shown
+    one.stateless = True
+    generate(models, prompts(1), config, logits_processor=processors)
+
+
+def test_it_is_said_once_that_this_is_slower(caplog):
+    warn_once.cache_clear()
+    models = members("llama", 2)
+    with caplog.at_level("WARNING", logger="hf_spec_ensemble"):
+        for _ in range(2):
+            generate(models, prompts(1), EnsembleConfig(method="product"), logits_processor=[InADeque()])
+    said = [record.message for record in caplog.records if "InADeque" in record.message]
+    assert len(said) == 1 and "`stateless = True`" in said[0] and "once for each token" in said[0]
