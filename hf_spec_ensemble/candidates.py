@@ -147,11 +147,13 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.total = self.verified.copy()
         self.sealed = np.zeros(batch, bool)  # the last token ends the text: nothing follows it
         self.barred = np.zeros(batch, bool)  # the last token is a draft that a processor forbids: nor here, so far
+        self.stuck = np.zeros(batch, bool)  # there is nothing to draw the next token from
         self.active = np.ones(batch, bool)  # rows whose text goes on
         self.current: int | None = None  # the author of the last pass, and its consecutive passes
         self.turn = 0
 
         self.evidence = [Ragged(batch) for _ in self.models]
+        self.peaks = [Ragged(batch) for _ in self.members]
         self.q = Ragged(batch)
         self.logits = Ragged(batch)
         self.keep_scores, self.keep_logits = keep_scores, keep_logits
@@ -167,6 +169,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         """Runs members until some active row has a position that all have scored. The arguments are not needed."""
         while True:
             scored = self._scored(np.minimum.reduce([member.seen for member in self.members]))  # [B]
+            scored = np.where(self.stuck & (self.verified > self.verified[self.active].min()), 0, scored)
             if self.by_column:  # settle one, once all rows have it
                 scored = np.minimum(scored, 1) * (scored[self.active] > 0).all()
             proposed = np.minimum(scored, self.total - self.verified)
@@ -191,10 +194,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         Returns:
             `np.ndarray` `[B]`: How many tokens each row has gained.
         """
-        verdict = self.ranks.agree(torch.stack([num_matches, emitted]))
+        verdict = self.ranks.agree(torch.stack([num_matches, emitted, self.distribution.sound()]))
         emitted = verdict[1]
-        accepted, tokens = verdict.cpu().numpy()  # the round's only transfer
-        emits = (accepted < candidates.proposed) | candidates.drawable
+        accepted, tokens, sound = verdict.cpu().numpy()  # the round's only transfer
+        self._check(candidates, sound)
+        emits = ((accepted < candidates.proposed) | candidates.drawable) & (accepted < sound)
+        accepted = np.minimum(accepted, sound)
         self._count(candidates.proposed, accepted)
         gained, falls = self._align(accepted + emits, emits) if self.in_step else (accepted + emits, emits)
         kept = np.minimum(accepted, gained)
@@ -218,13 +223,28 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             keep, settled = (np.full_like(length, length[falls].min()) for length in (keep, settled))
         for author in self.models:
             author.forget(keep, settled)
-        for held in (*self.evidence, self.q, self.logits):
+        for held in (*self.evidence, *self.peaks, self.q, self.logits):
             held.drop_first(gained)
         for rows in (self.pending, self.drawn):
             for row, n, all_fall in zip(rows, gained.tolist(), falls.tolist()):
                 del row[: len(row) if all_fall else n]
         self.schedule.advanced(int(gained.sum()) / max(int(self.active.sum()), 1))
         return gained
+
+    def _check(self, candidates: Candidates, sound: np.ndarray) -> None:
+        """
+        Raises if there is nothing to draw a row's next token from. A row that is ahead of others waits for them, and a
+        later position for a later round, since texts may end before.
+        """
+        scored = candidates.proposed + candidates.drawable > 0
+        self.stuck = np.where(scored, sound == 0, self.stuck)
+        lost = np.flatnonzero(self.stuck & (self.verified == self.verified[self.active].min()))
+        if len(lost):
+            row, none = int(lost[0]), np.zeros_like(sound)
+            place = f"New token {int(self.verified[row]) - self.prompt_length + 1} of row {row}"
+            peaks, evidence = ([held.window(none, 1)[row, 0] for held in many] for many in (self.peaks, self.evidence))
+            peaks, evidence = map(float, peaks), evidence[: len(self.members)]
+            raise self.distribution.fault(row, list(peaks), evidence, place)
 
     def _align(self, gained: np.ndarray, emits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -278,11 +298,13 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         unwanted = int(late.min())
         first, late, logits = first + unwanted, late - unwanted, logits[:, unwanted:]
         count = np.maximum(author.seen + 1 - first, 0) * (np.array(lag) > 0)
-        evidence = self.distribution.evidence(logits, self.ids, first, count)
+        scores = self.distribution.scores(logits, self.ids, first, count)
         added = np.maximum(count - late, 0)
         self.recorder.ran(self.current, first + late, added)
         self._take_time(self.current)
-        self.evidence[self.current].put(have, evidence, late, added)
+        self.evidence[self.current].put(have, self.distribution.evidence_of(scores), late, added)
+        if self.current < len(self.members):
+            self.peaks[self.current].put(have, scores.amax(-1, keepdim=True), late, added)
         if self.keep_logits and self.current == 0:
             self.logits.put(have, logits, late, added)
 
@@ -300,6 +322,13 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         proposal = self.ranks.agree(proposal)
         tokens = proposal[0].long()
         drawn, confidence = proposal.tolist()
+        # Where q is no distribution nothing is proposed: if the text comes there, r will tell
+        sound = np.isfinite(confidence) & (np.array(confidence) > 0)
+        if self.in_step and not sound[rows].all():
+            return
+        rows = rows & sound
+        if not rows.any():
+            return
         confidence = [own if row else None for own, row in zip(confidence, rows.tolist())]
         if not self.schedule.proposes(self._situation(), confidence):
             return

@@ -1,5 +1,6 @@
 """Processors of a user: which prefixes they are shown, how often, and what happens where they leave no token."""
 
+import copy
 import random
 from collections import deque
 
@@ -10,7 +11,13 @@ import torch
 from families import EOS, PAD, members, prompts
 from test_sampling import PROMPTS, chi_square_p, counts, draw, small_members
 from test_sampling import batch as batch_of
-from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, SynthIDTextWatermarkingConfig
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
+)
 
 from hf_spec_ensemble import EnsembleConfig
 from hf_spec_ensemble.validate import warn_once
@@ -243,7 +250,7 @@ def test_an_unknown_processor_in_a_batch_of_any_family(family):
 
 def test_samples_with_an_unknown_processor_have_the_distribution():
     """Under the maximal coupling the text is not the standard ensemble's: chi-square against the formula."""
-    models, prompt = small_members(), torch.tensor(PROMPTS[0])
+    models, prompt = small_members(2), torch.tensor(PROMPTS[0])
 
     def favours(input_ids, scores):
         return scores + torch.linspace(-1, 1, scores.shape[1]) * (input_ids[:, -1:] % 3 - 1)
@@ -294,3 +301,151 @@ def test_it_is_said_once_that_this_is_slower(caplog):
             generate(models, prompts(1), EnsembleConfig(method="product"), logits_processor=[InADeque()])
     said = [record.message for record in caplog.records if "InADeque" in record.message]
     assert len(said) == 1 and "`stateless = True`" in said[0] and "once for each token" in said[0]
+
+
+# --- Positions without a distribution ---------------------------------------------------------------------------------
+
+
+LATER = PROMPT + 4  # the first new token that has none is the fifth
+VALUES = {"nan": (torch.nan, "nan"), "+inf": (torch.inf, r"\+inf"), "-inf": (-torch.inf, "-inf for every token")}
+RULES = {
+    "greedy": (dict(), "gumbel"), "gumbel": (dict(do_sample=True), "gumbel"),
+    "maximal": (dict(do_sample=True), "maximal"),
+}  # fmt: skip
+
+
+def breaking(model, value, first=LATER):
+    """A copy whose logits after `first` tokens are all this value."""
+    model = copy.deepcopy(model)
+
+    def broken(module, args, kwargs, out):
+        late = kwargs["position_ids"][:, -out.logits.shape[1] :] >= first - 1
+        out.logits = out.logits.masked_fill(late[..., None], value)
+        return out
+
+    model.register_forward_hook(broken, with_kwargs=True)
+    return model
+
+
+class FromThere(LogitsProcessor):
+    stateless = True
+
+    def __init__(self, value, rows=slice(None)):
+        self.value, self.rows = value, rows
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] < LATER:
+            return scores
+        scores = scores.clone()
+        scores[self.rows] = self.value
+        return scores
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("combine_on", ["probs", "raw_logits"])
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_the_member_is_named(guilty, combine_on, value, rule, speculative):
+    draw, coupling = RULES[rule]
+    number, found = VALUES[value]
+    models = members("llama", 2)
+    models[guilty] = breaking(models[guilty], number)
+    config = EnsembleConfig(
+        combine_on=combine_on, coupling=coupling, speculative=speculative, num_assistant_tokens=[3, 2]
+    )
+    who = rf"{['the main model', 'assistant model 1'][guilty]} \(LlamaForCausalLM\) gives {found}"
+    with pytest.raises(ValueError, match=rf"New token 5 of row 0 .*{who}"):
+        generate(models, prompts(1), config, eos_token_id=None, **draw)
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("combine_on", ["probs", "raw_logits"])
+def test_the_processors_are_named(combine_on, value, rule, speculative):
+    draw, coupling = RULES[rule]
+    number, found = VALUES[value]
+    config = EnsembleConfig(combine_on=combine_on, coupling=coupling, speculative=speculative)
+    who = {
+        "probs": rf"the main model \(.*\) gives {found} after the logits processors",
+        "raw_logits": rf"the logits processors leave {found}",
+    }[combine_on]
+    with pytest.raises(ValueError, match=rf"New token 5 of row 2 .*{who}"):
+        generate(
+            members("llama", 2), prompts(3), config, eos_token_id=None,
+            logits_processor=[FromThere(number, rows=2)], **draw,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+def test_a_processor_that_forbids_all_of_one_member(speculative):
+    models = members("llama", 3, 0.5)
+    with torch.no_grad():
+        logits = [model(prompts(1)["input_ids"]).logits[0, -1] for model in models]
+    peak = float(logits[1].amax())
+
+    class OfOne(LogitsProcessor):
+        stateless = True
+
+        def __call__(self, input_ids, scores):
+            same = (scores.amax(-1, keepdim=True) - peak).abs() < 1e-4
+            return scores.masked_fill(same, -torch.inf)
+
+    config = EnsembleConfig(speculative=speculative)
+    with pytest.raises(ValueError, match="New token 1 of row 0 .*assistant model 1 .* gives -inf for every token"):
+        generate(models, prompts(1), config, logits_processor=[OfOne()])
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("method", [lambda x: 0 * x[0], lambda x: torch.nan * x[0]], ids=["zero", "nan"])
+def test_a_method_that_returns_nothing(method, rule, speculative):
+    draw, coupling = RULES[rule]
+    config = EnsembleConfig(method=method, combine_on="probs", coupling=coupling, speculative=speculative)
+    with pytest.raises(ValueError, match="New token 1 of row 0 .*the callable `method` returns (nan|no positive)"):
+        generate(members("llama", 2), prompts(1), config, **draw)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("drafter", [None, "prompt_lookup"])
+def test_what_lies_behind_the_end_is_no_error(rule, drafter):
+    """A text that ends before its distribution does; rows that end, and a draft that is rejected."""
+    draw, coupling = RULES[rule]
+    texts = []
+    for speculative in (True, False):
+        config = EnsembleConfig(coupling=coupling, speculative=speculative, num_assistant_tokens=3)
+        arguments = dict(logits_processor=[FromThere(torch.nan)], stopping_criteria=[Stops()], **draw)
+        texts.append(
+            generate(
+                members("llama", 2, 0.97), prompts(3), config, drafter=drafter if speculative else None, **arguments
+            )
+        )
+    assert texts[0].sequences.shape[1] == LATER
+    assert coupling == "maximal" or texts[0].sequences.tolist() == texts[1].sequences.tolist()
+
+
+class Stops(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= LATER)
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+def test_a_cache_is_restored_and_nothing_is_streamed_after_an_error(speculative):
+    models, inputs = members("llama", 2), prompts(1)
+    with torch.no_grad():
+        cache = models[0](inputs["input_ids"][:, :-2], use_cache=True).past_key_values
+    held, streamed = cache.get_seq_length(), []
+
+    class Streamer:
+        def put(self, tokens):
+            streamed.append(tokens)
+
+        def end(self):
+            pass
+
+    broken = [breaking(models[0], torch.nan), models[1]]
+    with pytest.raises(ValueError, match="New token 5 of row 0"):
+        generate(broken, inputs, EnsembleConfig(speculative=speculative), cache=cache, streamer=Streamer())
+    assert cache.get_seq_length() == held
+    assert len(streamed) == 1 + 4
