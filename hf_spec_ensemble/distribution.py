@@ -128,6 +128,8 @@ class EnsembleDistribution:
             combined = float(combine([one[..., : self.shared] for one in evidence], self.config).amax())
             if math.isfinite(combined):
                 found = [f"the logits processors leave {named(peak)}"]
+                if self.config.plausibility > 0 and self.process.once_a_token:
+                    found[0] += " of those that `plausibility` leaves (a processor without state would be asked again)"
             peak = combined
         if not found:
             of_method = "the callable `method` returns" if callable(self.config.method) else "their combination is"
