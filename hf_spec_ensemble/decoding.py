@@ -397,6 +397,23 @@ class _Criteria(StoppingCriteriaList):
         return done
 
 
+class _BeamCriteria(StoppingCriteriaList):
+    """The stopping criteria of a beam search, which by itself would go on from nan. Beams without a token just end."""
+
+    def __init__(self, criteria: StoppingCriteriaList, ensemble: EnsembleLogitsProcessor):
+        super().__init__(criteria)
+        self.ensemble = ensemble
+        self.steps = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.steps += 1
+        lost = self.ensemble.distribution.peak[:, 0].isnan()
+        any_lost, row = torch.stack([lost.sum(), lost.long().argmax()]).tolist()
+        if any_lost:
+            raise self.ensemble.fault(row, f"New token {self.steps} of beam {row}")
+        return super().__call__(input_ids, scores, **kwargs)
+
+
 def _standard(
     model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
     drafter, config, kwargs_of, ranks, model_kwargs,
@@ -442,7 +459,10 @@ def _standard(
         generation_config = copy.copy(generation_config)
         generation_config.do_sample = False  # the draw is an argmax now
 
-    criteria = stopping_criteria if beams > 1 else _Criteria(stopping_criteria, soundness, noise, ranks)
+    if beams > 1:
+        criteria = _BeamCriteria(stopping_criteria, ensemble)
+    else:
+        criteria = _Criteria(stopping_criteria, soundness, noise, ranks)
     start = time.perf_counter()
     arguments = dict(
         logits_processor=processors,

@@ -449,3 +449,22 @@ def test_a_cache_is_restored_and_nothing_is_streamed_after_an_error(speculative)
         generate(broken, inputs, EnsembleConfig(speculative=speculative), cache=cache, streamer=Streamer())
     assert cache.get_seq_length() == held
     assert len(streamed) == 1 + 4
+
+
+@pytest.mark.parametrize("combine_on", ["probs", "raw_logits"])
+def test_a_beam_search_does_not_go_on_from_nan(combine_on):
+    good = members("llama", 2)
+    models = [good[0], breaking(good[1], torch.nan)]
+    config = EnsembleConfig(speculative=False, combine_on=combine_on)
+    with pytest.raises(ValueError, match=r"New token 5 of beam 0 .*assistant model 1 .*gives nan"):
+        generate(models, prompts(2), config, num_beams=3, eos_token_id=None)
+    assert generate(good, prompts(2), config, num_beams=3, eos_token_id=None).sequences.shape[1] == PROMPT + NEW
+
+
+def test_the_cut_is_not_lifted_by_calling_twice():
+    """What is plausible is forbidden, and what forbids it must not be asked again without the cut."""
+    for speculative in (True, False):
+        config = EnsembleConfig(method="contrastive", plausibility=1.0, speculative=speculative)
+        with pytest.raises(ValueError, match="processors leave -inf for every token of those that `plausibility`"):
+            generate(members("llama", 2), prompts(3), config, logits_processor=[one := InADeque()], max_new_tokens=40)
+        assert in_order(one)
