@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_spec_ensemble import EnsembleConfig
+from hf_spec_ensemble.compat import OUTPUT_CACHE, given_cache
 from hf_spec_ensemble.validate import warn_once
 
 
@@ -434,7 +435,7 @@ class Stops(StoppingCriteria):
 def test_a_cache_is_restored_and_nothing_is_streamed_after_an_error(speculative):
     models, inputs = members("llama", 2), prompts(1)
     with torch.no_grad():
-        cache = models[0](inputs["input_ids"][:, :-2], use_cache=True).past_key_values
+        cache = given_cache(models[0](inputs["input_ids"][:, :-2], use_cache=True))
     held, streamed = cache.get_seq_length(), []
 
     class Streamer:
@@ -446,7 +447,7 @@ def test_a_cache_is_restored_and_nothing_is_streamed_after_an_error(speculative)
 
     broken = [breaking(models[0], torch.nan), models[1]]
     with pytest.raises(ValueError, match="New token 5 of row 0"):
-        generate(broken, inputs, EnsembleConfig(speculative=speculative), cache=cache, streamer=Streamer())
+        generate(broken, inputs, EnsembleConfig(speculative=speculative), streamer=Streamer(), **{OUTPUT_CACHE: cache})
     assert cache.get_seq_length() == held
     assert len(streamed) == 1 + 4
 
