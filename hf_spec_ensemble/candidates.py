@@ -96,6 +96,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
     The rows' tokens are `ids[b, :total[b]]`, of which `ids[b, :verified[b]]` are final; counts are numpy integers.
     Scores of pending positions are held by row, the j-th belonging to token `verified[b] + j`.
 
+    Where processors must be called once for each token, in order, positions are verified one at a time, in all rows
+    that go on (`by_column`).
+
     Args:
         members (`list[Member]`): N, in the order `[model, *assistant_models]`.
         drafters (`list[Member | GeneratorDrafter]`): Propose and are no part of r. The authors are
@@ -136,6 +139,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.schedule = schedule
         self.costs = costs
         self.stop_tokens = frozenset(stop_tokens)
+        self.by_column = distribution.process.once_a_token
         self.in_step = len(input_ids) > 1 and any(model.in_step for model in self.models)
 
         batch, prompt_length = input_ids.shape
@@ -145,11 +149,14 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.verified = np.full(batch, prompt_length)
         self.total = self.verified.copy()
         self.sealed = np.zeros(batch, bool)  # the last token ends the text: nothing follows it
+        self.barred = np.zeros(batch, bool)  # the last token is a draft that a processor forbids: nor here, so far
+        self.stuck = np.zeros(batch, bool)  # there is nothing to draw the next token from
         self.active = np.ones(batch, bool)  # rows whose text goes on
         self.current: int | None = None  # the author of the last pass, and its consecutive passes
         self.turn = 0
 
         self.evidence = [Ragged(batch) for _ in self.models]
+        self.peaks = [Ragged(batch) for _ in self.members]
         self.q = Ragged(batch)
         self.logits = Ragged(batch)
         self.keep_scores, self.keep_logits = keep_scores, keep_logits
@@ -165,6 +172,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         """Runs members until some active row has a position that all have scored. The arguments are not needed."""
         while True:
             scored = self._scored(np.minimum.reduce([member.seen for member in self.members]))  # [B]
+            scored = np.where(self.stuck & (self.verified > self.verified[self.active].min()), 0, scored)
+            if self.by_column:  # settle one, once all rows have it
+                scored = np.minimum(scored, 1) * (scored[self.active] > 0).all()
             proposed = np.minimum(scored, self.total - self.verified)
             drawable = scored > proposed
             if drawable.any() or proposed.any():
@@ -187,10 +197,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         Returns:
             `np.ndarray` `[B]`: How many tokens each row has gained.
         """
-        verdict = self.ranks.agree(torch.stack([num_matches, emitted]))
+        verdict = self.ranks.agree(torch.stack([num_matches, emitted, self.distribution.sound()]))
         emitted = verdict[1]
-        accepted, tokens = verdict.cpu().numpy()  # the round's only transfer
-        emits = (accepted < candidates.proposed) | candidates.drawable
+        accepted, tokens, sound = verdict.cpu().numpy()  # the round's only transfer
+        self._check(candidates, sound)
+        emits = ((accepted < candidates.proposed) | candidates.drawable) & (accepted < sound)
+        accepted = np.minimum(accepted, sound)
         self._count(candidates.proposed, accepted)
         gained, falls = self._align(accepted + emits, emits) if self.in_step else (accepted + emits, emits)
         kept = np.minimum(accepted, gained)
@@ -207,19 +219,35 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.verified = self.verified + gained
         self.total = np.where(falls, self.verified, self.total)
         self._seal(falls, last)
+        self.barred &= self.total > self.verified
         # A token drawn from r has been seen by no member; a kept proposal is settled
         keep, settled = np.where(falls, self.verified - 1, self.total), self.verified - falls
         if self.in_step and falls.any():  # rows at their end make room: slots are only removed from all rows
             keep, settled = (np.full_like(length, length[falls].min()) for length in (keep, settled))
         for author in self.models:
             author.forget(keep, settled)
-        for held in (*self.evidence, self.q, self.logits):
+        for held in (*self.evidence, *self.peaks, self.q, self.logits):
             held.drop_first(gained)
         for rows in (self.pending, self.drawn):
             for row, n, all_fall in zip(rows, gained.tolist(), falls.tolist()):
                 del row[: len(row) if all_fall else n]
         self.schedule.advanced(int(gained.sum()) / max(int(self.active.sum()), 1))
         return gained
+
+    def _check(self, candidates: Candidates, sound: np.ndarray) -> None:
+        """
+        Raises if there is nothing to draw a row's next token from. A row that is ahead of others waits for them, and a
+        later position for a later round, since texts may end before.
+        """
+        scored = candidates.proposed + candidates.drawable > 0
+        self.stuck = np.where(scored, sound == 0, self.stuck)
+        lost = np.flatnonzero(self.stuck & (self.verified == self.verified[self.active].min()))
+        if len(lost):
+            row, none = int(lost[0]), np.zeros_like(sound)
+            place = f"New token {int(self.verified[row]) - self.prompt_length + 1} of row {row}"
+            peaks, evidence = ([held.window(none, 1)[row, 0] for held in many] for many in (self.peaks, self.evidence))
+            peaks, evidence = map(float, peaks), evidence[: len(self.members)]
+            raise self.distribution.fault(row, list(peaks), evidence, place)
 
     def _align(self, gained: np.ndarray, emits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -246,12 +274,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         return np.maximum(seen + 1 - self.verified, 0) * self.active
 
     def _readable(self) -> np.ndarray:
-        """Up to which token `[B]` reading is of use: what follows a sealed row's last token is not wanted."""
-        return (self.total - self.sealed) * self.active
+        """Up to which token `[B]` reading is of use: what follows a closed row's last token is not wanted."""
+        return (self.total - (self.sealed | self.barred)) * self.active
 
     def _open(self) -> np.ndarray:
         """Rows `[B]` in which another token may be proposed."""
-        return self.active & ~self.sealed
+        return self.active & ~(self.sealed | self.barred)
 
     def _situation(self) -> Situation:
         readable = self._readable()
@@ -275,11 +303,13 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         unwanted = int(late.min())
         first, late, logits = first + unwanted, late - unwanted, logits[:, unwanted:]
         count = np.maximum(author.seen + 1 - first, 0) * (np.array(lag) > 0)
-        evidence = self.distribution.evidence(logits, self.ids, first, count)
+        scores = self.distribution.scores(logits, self.ids, first, count)
         added = np.maximum(count - late, 0)
         self.recorder.ran(self.current, first + late, added)
         self._take_time(self.current)
-        self.evidence[self.current].put(have, evidence, late, added)
+        self.evidence[self.current].put(have, self.distribution.evidence_of(scores), late, added)
+        if self.current < len(self.members):
+            self.peaks[self.current].put(have, scores.amax(-1, keepdim=True), late, added)
         if self.keep_logits and self.current == 0:
             self.logits.put(have, logits, late, added)
 
@@ -297,6 +327,13 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         proposal = self.ranks.agree(proposal)
         tokens = proposal[0].long()
         drawn, confidence = proposal.tolist()
+        # Where q is no distribution nothing is proposed: if the text comes there, r will tell
+        sound = np.isfinite(confidence) & (np.array(confidence) > 0)
+        if self.in_step and not sound[rows].all():
+            return
+        rows = rows & sound
+        if not rows.any():
+            return
         confidence = [own if row else None for own, row in zip(confidence, rows.tolist())]
         if not self.schedule.proposes(self._situation(), confidence):
             return
@@ -330,6 +367,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             if tokens and not length:
                 drafter.watch(row, int(self.total[row]), tokens)
             drafts[row] = tokens[:length]
+        forbidden = self._cut_at_forbidden(drafts)
         longest = max(map(len, drafts))
         if not longest:
             return
@@ -346,6 +384,24 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         for j in range(longest):
             self._put(tokens[:, j], np.flatnonzero(added > j), self.total + j)
         self._note(i, trust, drafts)
+        self.barred |= forbidden
+
+    def _cut_at_forbidden(self, drafts: list[list[int]]) -> np.ndarray:
+        """
+        Cuts drafts behind the first token that a function of prefixes forbids: it will be rejected, and the function
+        may fail on what it never allowed. Says which rows `[B]` end with one. The token itself stays a proposal, since
+        what is proposed must not depend on what was drawn.
+        """
+        allowed = [
+            self.distribution.process.allowed(row, self.ids[row, : self.total[row]], tokens) if tokens else 0
+            for row, tokens in enumerate(drafts)
+        ]
+        if self.in_step:
+            allowed = [min(n for n, tokens in zip(allowed, drafts) if tokens)] * len(drafts) if any(drafts) else allowed
+        forbidden = np.array([n < len(tokens) for n, tokens in zip(allowed, drafts)])
+        for row, n in enumerate(allowed):
+            del drafts[row][n + 1 :]
+        return forbidden
 
     def _take_time(self, i: int) -> None:
         """Passes on how long author i took."""
@@ -404,7 +460,10 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         position = (self.ids, self.verified, count)
         form = self.drawing.form
         log_r = self.distribution.target(evidence, *position, "log_probs") if self.keep_scores else None
-        r = log_r.exp() if self.keep_scores and form == "probs" else self.distribution.target(evidence, *position, form)
+        if log_r is None:
+            r = self.distribution.target(evidence, *position, form)
+        else:  # processors are not called again
+            r = log_r.exp() if form == "probs" else log_r
         q = probs = None
         if self.recorder.on:
             probs = self.distribution.probs(r, form)

@@ -56,6 +56,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "transformers.generation:GenerateDecoderOnlyOutput": (" or ".join(CACHE_NAMES),),
     "transformers.generation:CandidateGenerator": ("get_candidates", "update_candidate_strategy"),
     "transformers.generation.candidate_generator": ("_prepare_token_type_ids",),
+    "transformers.generation:PrefixConstrainedLogitsProcessor.__init__": ("_prefix_allowed_tokens_fn", "_num_beams"),
 }
 
 

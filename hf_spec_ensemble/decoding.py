@@ -3,6 +3,7 @@ the standard ensemble through transformers' own loops."""
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -195,7 +196,9 @@ def _speculative(
         members,
         authors[roles.members :],
         input_ids,
-        EnsembleDistribution(roles.config(config), process, vocabulary, input_ids.device),
+        EnsembleDistribution(
+            roles.config(config), process, vocabulary, input_ids.device, _titles(models, roles.order[: roles.members])
+        ),
         drawing_rule(generation_config.do_sample, config.coupling),
         ranks.lead(schedule),
         costs,
@@ -299,6 +302,16 @@ def _names(authors: list) -> list[str]:
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
+def _titles(models: list[PreTrainedModel], members: Sequence[int]) -> list[str]:
+    """What errors call these members, given by their places in `[model, *assistant_models]`."""
+    places = ["the main model" if i == 0 else f"assistant model {i}" for i in members]
+    paths = [getattr(models[i].config, "_name_or_path", None) for i in members]
+    return [
+        f"{place} ({type(models[i]).__name__}{f' {path!r}' if path else ''})"
+        for place, i, path in zip(places, members, paths)
+    ]
+
+
 def _schedule(
     config: EnsembleConfig,
     roles: Roles,
@@ -351,24 +364,65 @@ class _SharedNoise(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
 
-class _Criteria(StoppingCriteriaList):
-    """The stopping criteria, counting the tokens of rows that have not stopped; shown no noise in the scores."""
+class _Soundness(LogitsProcessor):
+    """Notes in which rows the ensemble gives no distribution; there any token is drawn, and `_Criteria` raises."""
 
-    def __init__(self, criteria: StoppingCriteriaList, noise: _SharedNoise | None, ranks: Ranks):
+    def __init__(self, ensemble: EnsembleLogitsProcessor):
+        self.ensemble = ensemble
+        self.lost: torch.Tensor | None = None  # [B]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        self.lost = self.ensemble.distribution.sound() == 0
+        return scores.masked_fill(self.lost[:, None], 0.0)  # `torch.multinomial` takes no nan
+
+
+class _Criteria(StoppingCriteriaList):
+    """
+    The stopping criteria, counting the tokens of rows that have not stopped; shown no noise in the scores. Raises where
+    a token was drawn from no distribution, which comes with the count, in one transfer.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, soundness: _Soundness, noise: _SharedNoise | None, ranks: Ranks):
         super().__init__(criteria)
+        self.soundness = soundness
         self.noise = noise
         self.ranks = ranks
+        self.steps = 0
         self.new_tokens = 0
         self.unfinished: torch.Tensor | None = None  # [B]
 
     def __call__(self, input_ids, scores, **kwargs):
+        self.steps += 1
+        wanted = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
+        if self.unfinished is not None and pads_finished_rows(self):
+            wanted = self.unfinished
+        lost = self.ranks.agree(self.soundness.lost.to(wanted.device) & wanted)
+        count, any_lost, row = torch.stack([wanted.sum(), lost.sum(), lost.long().argmax()]).tolist()
+        if any_lost:
+            raise self.soundness.ensemble.fault(row, f"New token {self.steps} of row {row}")
         if scores is not None and self.noise is not None:
             scores = self.noise.log_probs
         done = self.ranks.agree(super().__call__(input_ids, scores, **kwargs))
-        wanted = torch.ones_like(done) if self.unfinished is None or not pads_finished_rows(self) else self.unfinished
-        self.new_tokens += int(wanted.sum())
+        self.new_tokens += count
         self.unfinished = ~done if self.unfinished is None else self.unfinished & ~done
         return done
+
+
+class _BeamCriteria(StoppingCriteriaList):
+    """The stopping criteria of a beam search, which by itself would go on from nan. Beams without a token just end."""
+
+    def __init__(self, criteria: StoppingCriteriaList, ensemble: EnsembleLogitsProcessor):
+        super().__init__(criteria)
+        self.ensemble = ensemble
+        self.steps = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.steps += 1
+        lost = self.ensemble.distribution.peak[:, 0].isnan()
+        any_lost, row = torch.stack([lost.sum(), lost.long().argmax()]).tolist()
+        if any_lost:
+            raise self.ensemble.fault(row, f"New token {self.steps} of beam {row}")
+        return super().__call__(input_ids, scores, **kwargs)
 
 
 def _standard(
@@ -382,6 +436,7 @@ def _standard(
     if drafter is not None:
         warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
     roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]])
+    titles = _titles([model, *assistants], roles.order[: roles.members])
     config = replace(config, num_assistant_tokens=AUTO)  # plays no role, and need not fit the members that are left
     if roles.members > 1:  # the others have no weight
         config = roles.config(config)
@@ -394,24 +449,21 @@ def _standard(
         given = given_cache(_without_fresh_static_cache(model_kwargs))
         stepper = Stepper(running.runner(model, len(input_ids), given), given)
         model_kwargs = {**without_cache(model_kwargs), OUTPUT_CACHE: stepper.cache}
-    pad = generation_config._pad_token_tensor
     ensemble = EnsembleLogitsProcessor.for_generate(
         model,
         assistants,
         config,
-        process=PositionwiseProcessor(
-            logits_processor,
-            pad_token_id=0 if pad is None else int(pad),
-            in_order=config.combine_on == "raw_logits",
-        ),
+        process=PositionwiseProcessor(logits_processor, beams=beams > 1),
         assistant_kwargs=kwargs_of(assistants),
         running=running,
         ranks=ranks,
         normalize=beams > 1,
+        names=titles,
         form="log_probs" if beams > 1 or generation_config.do_sample or generation_config.output_scores else "scores",
     )
     ensemble.check_members(input_ids)
-    processors = LogitsProcessorList([ensemble])
+    soundness = _Soundness(ensemble)
+    processors = LogitsProcessorList([ensemble] if beams > 1 else [ensemble, soundness])
     noise = None
     if shares_noise:
         noise = _SharedNoise(input_ids.shape[1], keep=bool(generation_config.output_scores))
@@ -419,7 +471,10 @@ def _standard(
         generation_config = copy.copy(generation_config)
         generation_config.do_sample = False  # the draw is an argmax now
 
-    criteria = stopping_criteria if beams > 1 else _Criteria(stopping_criteria, noise, ranks)
+    if beams > 1:
+        criteria = _BeamCriteria(stopping_criteria, ensemble)
+    else:
+        criteria = _Criteria(stopping_criteria, soundness, noise, ranks)
     start = time.perf_counter()
     arguments = dict(
         logits_processor=processors,

@@ -93,10 +93,11 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         self.passes = [0] * len(self.assistants)
         self._stopwatches: list[list[Stopwatch]] = [[] for _ in self.assistants]
         self._previous: torch.Tensor | None = None  # [B, T]: the tokens that the caches hold
+        self._last: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # scores and evidence of the last call
 
     @classmethod
     def for_generate(
-        cls, model, assistant_models, ensemble_config, process, assistant_kwargs, running, ranks, normalize, form
+        cls, model, assistant_models, ensemble_config, process, assistant_kwargs, running, ranks, normalize, form, names
     ):
         """
         The processor behind `EnsembleConfig(speculative=False)`: it gets raw scores and applies the call's processors
@@ -109,10 +110,11 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             ranks (`Ranks`): The processes that decode together.
             normalize (`bool`): Whether the scores are log-probabilities, as in beam search, and not logits.
             form (`str`): Of what it returns, as for `EnsembleDistribution.target`.
+            names (`list[str]`, N): What errors call the members.
         """
         none = {} if model.config.is_encoder_decoder else None  # the prepared arguments hold what encoders made of it
         processor = cls(model, assistant_models, ensemble_config, encoder_inputs=none)
-        processor.distribution.process = process
+        processor.distribution.process, processor.distribution.names = process, names
         processor.assistant_kwargs = assistant_kwargs
         processor.running, processor.ranks = running, ranks
         processor.normalize = normalize
@@ -146,7 +148,9 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         if self.normalize:
             aligned = [x.log_softmax(-1) for x in aligned]
         position = (input_ids, end, np.ones_like(end))
-        evidence = [self.distribution.evidence(x, *position) for x in aligned]
+        scores = [self.distribution.scores(x, *position) for x in aligned]
+        evidence = [self.distribution.evidence_of(x) for x in scores]
+        self._last = scores, evidence
         return self.ranks.agree(self.distribution.target(evidence, *position, self.form)[:, 0])
 
     def check_members(self, input_ids: torch.Tensor) -> None:
@@ -159,11 +163,16 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         for member in self._new_members(input_ids):
             member.close()
 
+    def fault(self, row: int, place: str) -> ValueError:
+        """The error for a row whose scores are no distribution; arguments as for `EnsembleDistribution.fault`."""
+        scores, evidence = ([one[row, 0] for one in last] for last in self._last)
+        return self.distribution.fault(row, [float(one.amax()) for one in scores], evidence, place)
+
     def close(self) -> None:
         """Ends the current texts; their caches may serve others."""
         for member in self.members:
             member.close()
-        self.members, self._previous = [], None
+        self.members, self._previous, self._last = [], None, ([], [])
 
     def _follow(self, input_ids: torch.Tensor) -> None:
         """Makes the caches hold `input_ids[:, :-1]`, or be empty."""

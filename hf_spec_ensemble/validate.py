@@ -13,7 +13,7 @@ from .cache import tokens_held
 from .compat import given_cache
 from .config import EnsembleConfig
 from .drafter import PROMPT_LOOKUP
-from .processing import STATEFUL
+from .processing import in_order_only
 from .ranks import is_sharded
 
 
@@ -171,16 +171,31 @@ def check_call(
         raise ValueError(
             "`inputs_embeds` is not supported with an ensemble, whose members embed differently: pass ids."
         )
-    stateful = [type(processor).__name__ for processor in processors if isinstance(processor, STATEFUL)]
-    once_a_token = not config.speculative and config.combine_on == "raw_logits"
-    if stateful and not once_a_token:
-        raise ValueError(
-            f"{stateful[0]} keeps state from call to call and must be called once for each token in order, which an "
-            f"ensemble does only with EnsembleConfig(speculative=False, combine_on='raw_logits')."
-        )
+    _check_processors(config, processors)
     _check_cache(generation_config, input_ids, model_kwargs)
     if config.speculative:
         _check_speculative(generation_config, model_kwargs)
+
+
+def _check_processors(config: EnsembleConfig, processors: LogitsProcessorList) -> None:
+    """Those that may not run ahead can be called once for each token only where they see the combination alone."""
+    names = in_order_only(processors)
+    if not names:
+        return
+    remedy = (
+        "If what it returns depends on its arguments only, and it may be shown any prefix, set `stateless = True` on it"
+    )
+    if config.combine_on != "raw_logits":
+        raise ValueError(
+            f"{names[0]} may keep state from call to call, so that it must be called once for each token, in order. "
+            f"With combine_on={config.combine_on!r} an ensemble calls processors once for each member: use "
+            f"combine_on='raw_logits'. {remedy}."
+        )
+    if config.speculative:
+        warn_once(
+            f"{names[0]} may keep state from call to call: it is called once for each token, in order, so that tokens "
+            f"are verified one by one, which is slower. {remedy}, and several are verified at once."
+        )
 
 
 def check_sharding(models: list[PreTrainedModel], config: EnsembleConfig, synced_gpus: bool) -> bool:

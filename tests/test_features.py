@@ -204,16 +204,17 @@ def test_a_least_length(lengths, speculative):
     assert out.tolist() == expected.sequences[:, PROMPT:].tolist()
 
 
-def test_classifier_free_guidance_of_the_standard_ensemble():
+@pytest.mark.parametrize("speculative", [True, False])
+def test_classifier_free_guidance(speculative):
     """It keeps a cache of its own and runs the main model without the prompt, once for each token, in order."""
     models, inputs = members("llama", 2), prompts(1)
-    config = EnsembleConfig(method="product", speculative=False)
+    config = EnsembleConfig(method="product", speculative=speculative)
     out = generate(models, inputs, config, guidance_scale=1.5)
     guided = LogitsProcessorList([UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, models[0])])
     text, _ = oracle.greedy(models, inputs, SUM, max_new_tokens=NEW, processors=guided)
     assert out.sequences.tolist() == text.tolist()
-    with pytest.raises(ValueError, match=r"keeps state.*speculative=False"):
-        generate(models, inputs, EnsembleConfig(method="product"), guidance_scale=1.5)
+    with pytest.raises(ValueError, match=r"UnbatchedClassifierFree.* may keep state.*combine_on='raw_logits'"):
+        generate(models, inputs, EnsembleConfig(), guidance_scale=1.5)
 
 
 SUM = oracle.Method(

@@ -24,6 +24,8 @@ from hf_spec_ensemble.schedule import Situation, Turns
 class ByRow(LogitsProcessor):
     """Depends on the row's number, its last token and its length."""
 
+    stateless = True
+
     def __call__(self, input_ids, scores):
         row = torch.arange(len(scores))[:, None]
         return scores + 0.1 * row + 0.01 * input_ids[:, -1:] * torch.arange(scores.shape[1]) + input_ids.shape[1]

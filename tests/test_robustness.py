@@ -162,6 +162,8 @@ class Stream(BaseStreamer):
 
 
 class Processor(LogitsProcessor):
+    stateless = True
+
     def __init__(self, fuse):
         self.fuse = fuse
 
@@ -353,6 +355,8 @@ def test_heads_that_rule_out_tokens(banned, name, draw):
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_processor_that_leaves_one_token(name, draw):
     class OneToken(LogitsProcessor):
+        stateless = True
+
         def __call__(self, input_ids, scores):
             keep = (input_ids.shape[1] * 7) % VOCAB
             return scores.masked_fill(torch.arange(scores.shape[1]) != keep, -torch.inf)
