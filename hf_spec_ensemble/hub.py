@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from .config import CONFIG_NAME, EnsembleConfig, config_file
 from .drafter import PROMPT_LOOKUP
 from .validate import is_model, warn_once
+from .vocabulary import UNCOMPARED, check_tokens, tokens_of
 
 
 FILES = (CONFIG_NAME, "README.md", "custom_generate/generate.py", "custom_generate/requirements.txt")
@@ -124,14 +125,13 @@ class Ensemble:
             kwargs: For every model's `from_pretrained`: `device_map`, `dtype`, `token`, ...
 
         Raises:
-            `ValueError`: before anything is loaded, for members that do not fit the config.
+            `ValueError`: before anything is loaded, for members that do not fit the config or have other tokenizers
+                than the main model.
             `OSError`: for one that is not found.
         """
         entry = _entry(members, config, drafter)
         config, references, drafting = read_entry(entry)
-        main = references[0]
-        given = {name: kwargs[name] for name in ACCESS if name in kwargs}
-        tokenizer = AutoTokenizer.from_pretrained(main.name, revision=main.revision or "main", **given)
+        tokenizer = _shared_tokenizer(references, drafting, {name: kwargs[name] for name in ACCESS if name in kwargs})
         model, *assistants = (reference.load(**kwargs) for reference in references)
         drafting = drafting.load(**kwargs) if isinstance(drafting, MemberReference) else drafting
         return cls(model, assistants, config, tokenizer, drafting)
@@ -387,6 +387,29 @@ def read_entry(entry: dict[str, Any]) -> tuple[EnsembleConfig, list[MemberRefere
     drafter = fields.pop("drafter", None)
     drafter = MemberReference(**drafter) if isinstance(drafter, dict) else drafter
     return EnsembleConfig.from_dict(fields), members, drafter
+
+
+def _shared_tokenizer(
+    members: list[MemberReference], drafter: MemberReference | str | None, access: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    """The main model's tokenizer, which the others must have too; raises a `ValueError` otherwise."""
+    named = {each: f"assistant model {i} ({each.name!r})" for i, each in enumerate(members)}
+    named |= {drafter: f"the drafter ({drafter.name!r})"} if isinstance(drafter, MemberReference) else {}
+    named[members[0]] = f"the main model ({members[0].name!r})"
+    tokenizers, sizes = {}, []
+    for each in named:
+        where = {"revision": each.revision or "main", **access}
+        sizes.append(AutoConfig.from_pretrained(each.name, **where).get_text_config().vocab_size)
+        try:
+            tokenizers[each] = AutoTokenizer.from_pretrained(each.name, **where)
+        except (OSError, ValueError):
+            if each == members[0]:
+                raise
+            tokenizers[each] = None  # a folder of weights alone
+    tokens = [(tokenizer and tokens_of(tokenizer), named[each]) for each, tokenizer in tokenizers.items()]
+    if not check_tokens(tokens, min(sizes)):
+        warn_once(UNCOMPARED)
+    return tokenizers[members[0]]
 
 
 def _auto_class(main: MemberReference) -> str:

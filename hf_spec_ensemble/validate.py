@@ -16,6 +16,7 @@ from .drafter import PROMPT_LOOKUP
 from .processing import STATEFUL
 from .ranks import is_sharded
 from .snapshots import READ_ON, can_read_on, needs_snapshots
+from .vocabulary import UNCOMPARED, check_beside
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def check_members(
 
     Raises:
         `TypeError`: if the config or a member is of the wrong type.
-        `ValueError`: if the number of members, their kind or their vocabularies do not fit.
+        `ValueError`: if the number of members, their kind, their vocabularies or their tokenizers do not fit.
     """
     if not isinstance(config, EnsembleConfig):
         raise TypeError(f"`ensemble_config` must be an EnsembleConfig, but is a {type(config).__name__}: {config!r}.")
@@ -105,7 +106,9 @@ def check_members(
                 f"speculative ensemble only these may: {', '.join(READ_ON)}. Use members with attention caches, or "
                 f"{STANDARD}."
             )
-    shared_vocabulary([member for member, _ in named])
+    _, shared = shared_vocabulary([member for member, _ in named])
+    if not check_beside(named, shared):
+        warn_once(UNCOMPARED)
     return config.for_members(len(members), drafters=int(drafter is not None))
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, CompileConfig
 
 from ..arguments import locate
 from ..config import EnsembleConfig
+from ..vocabulary import UNCOMPARED, Tokens, check_tokens, tokens_of
 from .sandbox import can_run
 from .tasks import TASKS, Row, encode, load_rows
 from .variants import COMPILED, STANDARD, TAKE_LENGTHS, Variant, parse, split
@@ -142,6 +143,7 @@ class Plan:
         self._variants = {condition: self._variants_in(condition) for condition in self.conditions}
         self._check_freeze()
         self.tokenizer = _read(AutoTokenizer, settings.members[0])
+        self._check_tokenizers()
         self.longest = self._longest()
         self._prompts = {task: self._read_task(task) for task in settings.tasks}
         self._check_lengths()
@@ -271,6 +273,13 @@ class Plan:
                 variants |= {variant.name: variant for variant in parsed}
         return list(variants.values())
 
+    def _check_tokenizers(self) -> None:
+        names = list(dict.fromkeys([*self.settings.members, *self.drafters]))
+        sizes = [_read(AutoConfig, name).get_text_config().vocab_size for name in names]
+        tokens = [tokens_of(self.tokenizer), *map(_tokens_of, names[1:])]
+        if not check_tokens(list(zip(tokens, map(repr, names))), min(sizes)):
+            self.notes.append(UNCOMPARED)
+
     def _longest(self) -> int | None:
         """The most tokens, prompt and text, that all models have positions for."""
         limits = []
@@ -354,6 +363,14 @@ def _stretched(prompts: Sequence[Sequence[int]], index: int, length: int) -> lis
 def _check_whole(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, but is {value}.")
+
+
+def _tokens_of(name: str) -> Tokens | None:
+    """What a model's tokenizer knows; `None` if the model has none."""
+    try:
+        return tokens_of(_read(AutoTokenizer, name))
+    except ValueError:
+        return None
 
 
 def _read(kind: type, name: str) -> Any:
