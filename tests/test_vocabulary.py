@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import members, prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 import hf_spec_ensemble as se
 from hf_spec_ensemble import cli, validate, vocabulary
@@ -24,6 +25,9 @@ IDS = torch.tensor([[5, 6, 7]])
 @pytest.fixture(autouse=True)
 def fresh():
     validate.warn_once.cache_clear()
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(verbosity)  # which the programs set
 
 
 def variant(folder, change, name="solver"):
