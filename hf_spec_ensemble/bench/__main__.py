@@ -109,12 +109,14 @@ def main(argv: list[str] | None = None) -> None:
         args.device = process.device(args.device)
         plan = Plan(settings_of(args))
         bench = Bench(plan, _records(plan.settings, process), process)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         made.error(str(error))
     for note in [*plan.notes, *launch_notes(os.environ)] if process.leads else ():
         print(note)
     try:
         lost = bench.run()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{made.prog}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. What was measured is in {bench.records.file}; the same command continues.")
     if process.leads:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, CompileConfig
 
-from ..arguments import locate
+from ..arguments import check_device, locate
 from ..config import EnsembleConfig
 from ..vocabulary import UNCOMPARED, Tokens, check_tokens, tokens_of
 from .sandbox import can_run
@@ -208,15 +208,7 @@ class Plan:
             raise ValueError("--values are those of a --curve, which is not given.")
         if not getattr(getattr(torch, s.dtype, None), "is_floating_point", False):
             raise ValueError(f"--dtype must be a floating type of torch, as float32 or bfloat16, but is {s.dtype!r}.")
-        try:
-            cuda = torch.device(s.device).type == "cuda"
-        except RuntimeError as error:
-            raise ValueError(f"--device {s.device}: {error}") from None
-        if cuda and (torch.device(s.device).index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"--device {s.device}: torch finds no such device here. Of several processes on a machine each takes "
-                "a GPU of its own, unless --device says which."
-            )
+        check_device(s.device)
         if s.run_model_code and not can_run():
             raise ValueError("--run-model-code needs limits of the operating system that this one does not have.")
         needed = {"matplotlib": True, "rouge_score": "cnn_dailymail" in s.tasks}
