@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--values", type=int, nargs="+", help="the values of the curve (each curve has defaults)")
     what.add_argument(
         "--run-model-code", action="store_true",
-        help="run the code that models write, with limits in a subprocess, to score humaneval",
+        help="run the code that models write, to score humaneval: in a subprocess with limits, on Linux without the "
+        "means to write files, start processes or open connections; it may read your files",
     )  # fmt: skip
     where = made.add_argument_group("where")
     where.add_argument("--dtype", default=default.dtype)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, CompileConfig
 from ..arguments import check_device, locate
 from ..config import EnsembleConfig
 from ..vocabulary import UNCOMPARED, Tokens, check_tokens, tokens_of
-from .sandbox import can_run
+from .sandbox import can_run, enforced
 from .tasks import TASKS, Row, encode, load_rows
 from .variants import COMPILED, STANDARD, TAKE_LENGTHS, Variant, parse, split
 
@@ -211,6 +211,11 @@ class Plan:
         check_device(s.device)
         if s.run_model_code and not can_run():
             raise ValueError("--run-model-code needs limits of the operating system that this one does not have.")
+        if s.run_model_code and not enforced():
+            self.notes.append(
+                "The kernel does not confine the code that models write here: limits of time and memory, and checks in "
+                "Python, stop accidents and not attackers. Run the benchmark in a container."
+            )
         needed = {"matplotlib": True, "rouge_score": "cnn_dailymail" in s.tasks}
         needed["datasets"] = not set(s.tasks) <= set(s.data_files)
         missing = [name for name, is_needed in needed.items() if is_needed and importlib.util.find_spec(name) is None]
