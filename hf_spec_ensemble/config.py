@@ -132,15 +132,17 @@ class EnsembleConfig:
             raise ValueError(f"`contrast` must be a finite number >= 0, but is {self.contrast!r}.")
         if not _is_number(self.plausibility) or not 0 <= self.plausibility <= 1:
             raise ValueError(f"`plausibility` must be a number in [0, 1], but is {self.plausibility!r}.")
+        self.contrast, self.plausibility = float(self.contrast), float(self.plausibility)
         self._check_weights()
         self._check_lengths()
 
     def _check_weights(self) -> None:
         if self.weights is None:
             return
-        if isinstance(self.weights, str) or not isinstance(self.weights, (Sequence, torch.Tensor)):
+        weights = self.weights.tolist() if isinstance(self.weights, torch.Tensor) else self.weights
+        if isinstance(weights, str) or not isinstance(weights, Sequence):
             raise TypeError(f"`weights` must be a list of numbers, one for each member, but is {self.weights!r}.")
-        self.weights = self.weights.tolist() if isinstance(self.weights, torch.Tensor) else list(self.weights)
+        self.weights = list(weights)
         if not self.weights or not all(_is_number(weight) for weight in self.weights):
             raise ValueError(f"`weights` must be finite numbers, one for each member, but are {self.weights}.")
         self.weights = [float(weight) for weight in self.weights]

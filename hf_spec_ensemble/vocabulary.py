@@ -35,13 +35,16 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Origin | None":
-        """`None` for a model that was made in memory."""
+        """`None` for a model that was made in memory, or by a name that no file can have."""
         name = getattr(model.config, "_name_or_path", None)
-        if not name:
+        if not name or not isinstance(name, (str, Path)):
             return None
         revision = getattr(model.config, "_commit_hash", None)
-        file = _file(name, revision)
-        return cls(str(name), revision, file and file.stat().st_mtime_ns)
+        try:
+            file = _file(str(name), revision)
+            return cls(str(name), revision, file and file.stat().st_mtime_ns)
+        except OSError:
+            return None
 
 
 def check_beside(named: Sequence[tuple[PreTrainedModel, str]], shared: int) -> bool:

@@ -181,6 +181,16 @@ def test_a_broken_tokenizer_file_is_no_error(tmp_path, caplog):
         assert "could not be compared" in caplog.text
 
 
+@pytest.mark.parametrize("name", [5, "a\0b", "x" * 5000, "/nowhere", "org/nowhere", "~", [1]])
+def test_models_of_any_name_decode(name, caplog, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model, assistant = load(READER, FAMILY / "solver")
+    assistant.config._name_or_path = name
+    with caplog.at_level(logging.WARNING, logger="hf_spec_ensemble"):
+        model.generate(IDS, assistant_model=assistant, ensemble_config=se.EnsembleConfig(), max_new_tokens=2)
+    assert "could not be compared" in caplog.text
+
+
 def test_a_large_vocabulary_is_compared_quickly():
     one = {f"token {i}": i for i in range(150_000)}
     other = one | {"token 7": 149_999, "token 149999": 7}
