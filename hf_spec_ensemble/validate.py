@@ -163,7 +163,8 @@ def check_inputs(given: Mapping[str, Any]) -> None:
         `ValueError`: if there are no tokens, or a mask is not of their shape.
     """
     ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
-    _check_sizes(ids, given.get("attention_mask"), "attention_mask")
+    continues = given_cache(given) is not None  # `check_call` knows what it holds
+    _check_sizes(ids, None if continues else given.get("attention_mask"), "attention_mask")
     _check_sizes(given.get("decoder_input_ids"), given.get("decoder_attention_mask"), "decoder_attention_mask")
 
 
@@ -205,12 +206,12 @@ def check_call(
             f"{stateful[0]} keeps state from call to call and must be called once for each token in order, which an "
             f"ensemble does only with EnsembleConfig(speculative=False, combine_on='raw_logits')."
         )
+    _check_cache(generation_config, input_ids, model_kwargs)
     name = "decoder_attention_mask" if model_kwargs.get("encoder_outputs") is not None else "attention_mask"
     mask = model_kwargs.get(name)
     if mask is None:  # of ones alone: `generate()` keeps their number
         mask = torch.empty(len(input_ids), getattr(generation_config, "_mask_length", input_ids.shape[1]))
     _check_sizes(input_ids, mask, name)
-    _check_cache(generation_config, input_ids, model_kwargs)
     if config.speculative:
         _check_speculative(generation_config, model_kwargs)
 

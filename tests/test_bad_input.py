@@ -291,7 +291,7 @@ def test_a_mask_that_fits_is_taken_with_a_cache_too(pair, speculative):
         cache = DynamicCache()
         pair[0](inputs["input_ids"][:, :4], past_key_values=cache)
     short = inputs | {"attention_mask": inputs["attention_mask"][:, :3]}
-    assert refused(pair, "attention_mask", speculative, past_key_values=cache, **short) == 0
+    assert refused(pair, "`input_ids` has 7", speculative, past_key_values=cache, **short) == 0
 
 
 @pytest.mark.parametrize("speculative", [True, False])
