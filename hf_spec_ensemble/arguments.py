@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import BatchEncoding
 
@@ -42,6 +43,25 @@ def config_of(given: dict[str, Any], **more: Any) -> EnsembleConfig:
 def locate(name: str) -> str:
     """The folder of an embedded model, or the name as it is."""
     return str(FAMILY / name) if name in ("reader", "solver", "draft") else name
+
+
+def check_device(name: str) -> None:
+    """
+    Checks that torch has a device, before models are loaded for it.
+
+    Raises:
+        `ValueError`: naming what `--device` says.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {error}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: torch finds no such device here. It has {torch.cuda.device_count()} GPUs; the "
+            "processor is --device cpu. Of several processes on a machine each takes a GPU of its own, unless --device "
+            "says which."
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
-from .arguments import add_config_arguments, config_of, encode, locate
+from .arguments import add_config_arguments, check_device, config_of, encode, locate
 from .config import CONFIG_NAME, EnsembleConfig
 from .drafter import PROMPT_LOOKUP
-from .hub import FILES, Ensemble, MemberReference, load_ensemble, read_entry, save_ensemble
+from .hub import FILES, Ensemble, MemberReference, load_ensemble, read_ensemble, save_ensemble
 from .trace.html import page_of
 from .validate import is_model
 
@@ -100,6 +100,9 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
     if not prompts:
         raise ValueError("there is nothing to ask: give a prompt, or --prompts FILE.")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty: say what to ask.")
+    check_device(args.device)
     if args.trace and len(prompts) > 1:
         raise ValueError(f"--trace shows one text, but there are {len(prompts)} prompts.")
     ensemble = _ensemble(args)
@@ -142,7 +145,7 @@ def _card(args: argparse.Namespace) -> None:
     if args.members:
         members, config, drafter = _sources(args)
     elif file.is_file():
-        config, members, drafter = read_entry(json.loads(file.read_text(encoding="utf-8")))
+        config, members, drafter = read_ensemble(file)
     else:
         raise ValueError(f"{file} does not exist: say which ensemble it is, with --members and the options below it.")
     save_ensemble(args.folder, members, config, drafter, args.repo_id, args.speedup, args.license)
@@ -170,7 +173,10 @@ def _ensemble(args: argparse.Namespace) -> Ensemble:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}.") from None
     return (line for line in text.splitlines() if line.strip())
 
 

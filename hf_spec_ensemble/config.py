@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
+
+from .files import naming, parse_object
 
 
 CONFIG_NAME = "ensemble_config.json"
@@ -24,7 +27,10 @@ METHODS = tuple(DEFAULT_COMBINE_ON)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def _is_length(value: Any) -> bool:
@@ -131,17 +137,20 @@ class EnsembleConfig:
             raise ValueError(f"`contrast` must be a finite number >= 0, but is {self.contrast!r}.")
         if not _is_number(self.plausibility) or not 0 <= self.plausibility <= 1:
             raise ValueError(f"`plausibility` must be a number in [0, 1], but is {self.plausibility!r}.")
+        self.contrast, self.plausibility = float(self.contrast), float(self.plausibility)
         self._check_weights()
         self._check_lengths()
 
     def _check_weights(self) -> None:
         if self.weights is None:
             return
-        if isinstance(self.weights, str) or not isinstance(self.weights, (Sequence, torch.Tensor)):
+        weights = self.weights.tolist() if isinstance(self.weights, torch.Tensor) else self.weights
+        if isinstance(weights, str) or not isinstance(weights, Sequence):
             raise TypeError(f"`weights` must be a list of numbers, one for each member, but is {self.weights!r}.")
-        self.weights = self.weights.tolist() if isinstance(self.weights, torch.Tensor) else list(self.weights)
+        self.weights = list(weights)
         if not self.weights or not all(_is_number(weight) for weight in self.weights):
             raise ValueError(f"`weights` must be finite numbers, one for each member, but are {self.weights}.")
+        self.weights = [float(weight) for weight in self.weights]
         if self.method == "contrastive" or callable(self.method):
             name = self.method if isinstance(self.method, str) else "a callable"
             raise ValueError(
@@ -151,9 +160,9 @@ class EnsembleConfig:
         if self.method == "product" and max(self.weights) <= 0:
             raise ValueError(f"`weights` of method 'product' need a positive one, but are {self.weights}.")
         if self.method == "weighted":
-            if min(self.weights) < 0 or sum(self.weights) <= 0:
+            if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
                 raise ValueError(
-                    f"`weights` of method 'weighted' must be >= 0 with a sum > 0, but are {self.weights}. "
+                    f"`weights` of method 'weighted' must be >= 0 with a finite sum > 0, but are {self.weights}. "
                     "For weights of any sign use method 'product'."
                 )
             total = math.fsum(self.weights)
@@ -237,8 +246,11 @@ class EnsembleConfig:
         The inverse of `to_dict`.
 
         Raises:
+            `TypeError`: if that is no dict.
             `ValueError`: naming the fields that are not known.
         """
+        if not isinstance(fields, dict):
+            raise TypeError(f"The fields of an ensemble config must be a dict, but are {fields!r}.")
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(
@@ -264,9 +276,13 @@ class EnsembleConfig:
 
         Raises:
             `FileNotFoundError`: if the folder has none, or there is no such folder or repository.
+            `TypeError`: for what is no name.
+            `ValueError`: naming the file, if it does not hold a config.
         """
-        fields = json.loads(config_file(pretrained_path, **kwargs).read_text(encoding="utf-8"))
-        return cls.from_dict({name: value for name, value in fields.items() if name not in NOT_OURS})
+        file = config_file(pretrained_path, **kwargs)
+        fields = parse_object(file.read_bytes(), file)
+        with naming(file):
+            return cls.from_dict({name: value for name, value in fields.items() if name not in NOT_OURS})
 
 
 def config_file(name: str | Path, **kwargs) -> Path:
@@ -274,6 +290,11 @@ def config_file(name: str | Path, **kwargs) -> Path:
     The `ensemble_config.json` of a folder or, downloaded, of a repository on the Hub; arguments and errors as for
     `EnsembleConfig.from_pretrained`.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(
+            f"What is loaded must be a folder or the id of a repository on the Hub, but is a {type(name).__name__}: "
+            f"{str(name)[:80]!r}. For members without a saved ensemble: `Ensemble.load(members, config)`."
+        )
     file = Path(name) / CONFIG_NAME
     if not file.is_file() and not file.parent.is_dir():
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from .arguments import locate
+from .arguments import check_device, locate
 from .config import AUTO, EnsembleConfig
 from .distribution import EnsembleDistribution
 from .drafter import PROMPT_LOOKUP
@@ -83,6 +83,7 @@ class SpecEnsembleLM(HFLM):
         fields = {name: kwargs.pop(name) for name in EnsembleConfig.__dataclass_fields__ if name in kwargs}
         fields |= {name: _numbers(fields[name]) for name in NUMBERS if name in fields}
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
         loading = {"trust_remote_code": trust_remote_code} | ({} if dtype == "auto" else {"dtype": dtype})
         if ensemble is not None:
             loaded = load_ensemble(ensemble, revision=revision, **loading)
@@ -140,13 +141,17 @@ def _numbers(value: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """lm_eval's command line, for this type unless another is named."""
+    """lm_eval's command line, for this type unless another is named. Errors of what it is given are one message."""
     from lm_eval.__main__ import cli_evaluate
 
     argv = sys.argv[1:] if argv is None else argv
     named = any(word.split("=")[0] in ("--model", "-m", "-M") for word in argv)
     sys.argv = ["lm_eval", *argv, *([] if named else ["--model", "hf-spec-ensemble"])]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ValueError, TypeError, OSError) as error:
+        print(f"hf-spec-ensemble eval: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

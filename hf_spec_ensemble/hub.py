@@ -23,7 +23,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from .config import CONFIG_NAME, EnsembleConfig, config_file
 from .drafter import PROMPT_LOOKUP
+from .files import naming, parse_object
 from .validate import is_model, warn_once
+from .vocabulary import UNCOMPARED, check_tokens, tokens_of
 
 
 FILES = (CONFIG_NAME, "README.md", "custom_generate/generate.py", "custom_generate/requirements.txt")
@@ -46,7 +48,11 @@ class MemberReference:
     dtype: str | None = None
 
     def __post_init__(self):
-        if Path(self.name).is_dir():
+        for field in ("name", "revision", "dtype"):
+            value = getattr(self, field)
+            if not isinstance(value, str) and (field == "name" or value is not None):
+                raise TypeError(f"A member's `{field}` must be text, but is {value!r}.")
+        if self.name and Path(self.name).is_dir():
             object.__setattr__(self, "name", str(Path(self.name).resolve()))
         else:
             try:
@@ -63,11 +69,17 @@ class MemberReference:
         """
         Raises:
             `ValueError`: for a model that was loaded from nowhere.
+            `TypeError`: for what is no model and no name.
         """
         if isinstance(member, cls):
             return member
-        if not is_model(member):
+        if isinstance(member, (str, Path)):
             return cls(str(member))
+        if not is_model(member):
+            raise TypeError(
+                "A member must be a folder, the id of a repository on the Hub, a `MemberReference` or a loaded model, "
+                f"but is a {type(member).__name__}: {str(member)[:80]!r}."
+            )
         name = member.config._name_or_path
         if not name:
             raise ValueError(
@@ -124,14 +136,14 @@ class Ensemble:
             kwargs: For every model's `from_pretrained`: `device_map`, `dtype`, `token`, ...
 
         Raises:
-            `ValueError`: before anything is loaded, for members that do not fit the config.
+            `ValueError`: before anything is loaded, for members that do not fit the config or have other tokenizers
+                than the main model.
             `OSError`: for one that is not found.
+            `TypeError`: for what is no list of members, or no config.
         """
         entry = _entry(members, config, drafter)
         config, references, drafting = read_entry(entry)
-        main = references[0]
-        given = {name: kwargs[name] for name in ACCESS if name in kwargs}
-        tokenizer = AutoTokenizer.from_pretrained(main.name, revision=main.revision or "main", **given)
+        tokenizer = _shared_tokenizer(references, drafting, {name: kwargs[name] for name in ACCESS if name in kwargs})
         model, *assistants = (reference.load(**kwargs) for reference in references)
         drafting = drafting.load(**kwargs) if isinstance(drafting, MemberReference) else drafting
         return cls(model, assistants, config, tokenizer, drafting)
@@ -215,13 +227,11 @@ def load_ensemble(name: str | Path, revision: str | None = None, **kwargs) -> En
 
     Raises:
         `OSError`: if there is no `ensemble_config.json`, or a member is not found.
-        `ValueError`: for a config without members.
+        `TypeError`: for what is no name.
+        `ValueError`: naming the file, if it does not hold an ensemble; and as `Ensemble.load`.
     """
     given = {key: kwargs[key] for key in ACCESS if key in kwargs and key != "trust_remote_code"}
-    entry = json.loads(config_file(name, revision=revision, **given).read_text(encoding="utf-8"))
-    if not entry.get("members"):
-        raise ValueError(f"The {CONFIG_NAME} of {str(name)!r} names no members: write it with `save_ensemble`.")
-    config, members, drafter = read_entry(entry)
+    config, members, drafter = read_ensemble(config_file(name, revision=revision, **given))
     return Ensemble.load(members, config, drafter, **kwargs)
 
 
@@ -305,7 +315,7 @@ def ensemble_card(
     config, references, drafting = read_entry(_entry(members, config, drafter))
     shown = config.for_members(len(references), drafters=int(drafter is not None))
     rows = [
-        f"| l_{i} | {_shown(each)} | {each.revision or ''} | {each.dtype or 'as saved'} |"
+        f"| l_{i} | {_shown(each)} | {_markdown(each.revision or '')} | {each.dtype or 'as saved'} |"
         for i, each in enumerate(references, 1)
     ]
     if drafting is not None:
@@ -314,18 +324,18 @@ def ensemble_card(
     data = ModelCardData(
         base_model=[each.name for each in references if not each.is_local] or None,
         library_name="transformers",
-        license=licence,
+        license=licence and _text(licence),
         tags=["custom_generate", "ensemble", "speculative-decoding"],
         pipeline_tag="text-generation",
     )
     body = CARD.format(
-        title=repo_id.rstrip("/").split("/")[-1],
+        title=_markdown(repo_id.rstrip("/").split("/")[-1]),
         formula=_formula(shown),
         members="\n".join(rows),
-        repo=repo_id,
-        main=references[0].name,
-        revision=f', revision="{references[0].revision}"' if references[0].revision else "",
-        dtype=references[0].dtype or "auto",
+        repo=_literal(repo_id),
+        main=_literal(references[0].name),
+        revision=f", revision={_literal(references[0].revision)}" if references[0].revision else "",
+        dtype=_literal(references[0].dtype or "auto"),
         kind=_auto_class(references[0]),
         speed=f"\n## Speed\n\nOver the same ensemble decoded token by token: {speedup}\n" if speedup else "",
     )
@@ -374,19 +384,73 @@ def _loaded_once(member: MemberReference, device: str) -> PreTrainedModel:
 
 def _entry(members: Sequence[Source], config: EnsembleConfig, drafter: Source | None) -> dict[str, Any]:
     """What `ensemble_config.json` holds, checked."""
+    if not isinstance(config, EnsembleConfig):
+        raise TypeError(f"`config` must be an EnsembleConfig, but is a {type(config).__name__}: {config!r}.")
+    if not isinstance(members, (list, tuple)):
+        raise TypeError(f"`members` must be a list, the main model first, but is {members!r}.")
     references = [MemberReference.of(member) for member in members]
     config.for_members(len(references), drafters=int(drafter is not None))
-    drafting = drafter if drafter in (None, PROMPT_LOOKUP) else asdict(MemberReference.of(drafter))
+    named = drafter is None or (isinstance(drafter, str) and drafter == PROMPT_LOOKUP)
+    drafting = drafter if named else asdict(MemberReference.of(drafter))
     return {**config.to_dict(), "members": [asdict(each) for each in references], "drafter": drafting}
 
 
 def read_entry(entry: dict[str, Any]) -> tuple[EnsembleConfig, list[MemberReference], MemberReference | str | None]:
-    """The config, the members and the drafter that an `ensemble_config.json` names."""
+    """
+    The config, the members and the drafter that an `ensemble_config.json` names.
+
+    Raises:
+        `ValueError`, `TypeError`: saying what is not as `save_ensemble` writes it.
+    """
     fields = dict(entry)
-    members = [MemberReference(**member) for member in fields.pop("members")]
-    drafter = fields.pop("drafter", None)
-    drafter = MemberReference(**drafter) if isinstance(drafter, dict) else drafter
-    return EnsembleConfig.from_dict(fields), members, drafter
+    members, drafter = fields.pop("members", None), fields.pop("drafter", None)
+    if not members:
+        raise ValueError("it names no members: write it with `save_ensemble`.")
+    if not isinstance(members, list):
+        raise ValueError(f"`members` must be a list of objects with a `name`, but is {members!r}.")
+    if drafter not in (None, PROMPT_LOOKUP):
+        drafter = _reference(drafter)
+    config, references = EnsembleConfig.from_dict(fields), [_reference(member) for member in members]
+    config.for_members(len(references), drafters=int(drafter is not None))
+    return config, references, drafter
+
+
+def read_ensemble(file: Path) -> tuple[EnsembleConfig, list[MemberReference], MemberReference | str | None]:
+    """As `read_entry`, of a file, which errors name."""
+    entry = parse_object(file.read_bytes(), file)
+    with naming(file):
+        return read_entry(entry)
+
+
+def _reference(fields: Any) -> MemberReference:
+    """A member as `save_ensemble` writes it."""
+    known = MemberReference.__dataclass_fields__
+    if not isinstance(fields, dict) or "name" not in fields or not fields.keys() <= known.keys():
+        raise ValueError(f"A member or drafter must be an object with a `name`, of {list(known)}, but is {fields!r}.")
+    return MemberReference(**fields)
+
+
+def _shared_tokenizer(
+    members: list[MemberReference], drafter: MemberReference | str | None, access: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    """The main model's tokenizer, which the others must have too; raises a `ValueError` otherwise."""
+    named = {each: f"assistant model {i} ({each.name!r})" for i, each in enumerate(members)}
+    named |= {drafter: f"the drafter ({drafter.name!r})"} if isinstance(drafter, MemberReference) else {}
+    named[members[0]] = f"the main model ({members[0].name!r})"
+    tokenizers, sizes = {}, []
+    for each in named:
+        where = {"revision": each.revision or "main", **access}
+        sizes.append(AutoConfig.from_pretrained(each.name, **where).get_text_config().vocab_size)
+        try:
+            tokenizers[each] = AutoTokenizer.from_pretrained(each.name, **where)
+        except (OSError, ValueError):
+            if each == members[0]:
+                raise
+            tokenizers[each] = None  # a folder of weights alone
+    tokens = [(tokenizer and tokens_of(tokenizer), named[each]) for each, tokenizer in tokenizers.items()]
+    if not check_tokens(tokens, min(sizes)):
+        warn_once(UNCOMPARED)
+    return tokenizers[members[0]]
 
 
 def _auto_class(main: MemberReference) -> str:
@@ -399,9 +463,24 @@ def _auto_class(main: MemberReference) -> str:
 
 
 def _shown(reference: MemberReference) -> str:
-    return (
-        reference.short_name if reference.is_local else f"[{reference.name}](https://huggingface.co/{reference.name})"
-    )
+    name = reference.short_name if reference.is_local else reference.name
+    shown = _markdown(name)
+    return shown if reference.is_local else f"[{shown}](https://huggingface.co/{name})"
+
+
+def _markdown(text: str) -> str:
+    """Text that shows as it is in a line or a table of Markdown; underscores inside words need no escape."""
+    return re.sub(r"[\\`*\[\]<>|&#~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", " ".join(_text(text).split()))
+
+
+def _literal(text: str) -> str:
+    """Text as a literal of Python, in double quotes."""
+    return _text(json.dumps(text, ensure_ascii=False))
+
+
+def _text(name: str) -> str:
+    """A name as text: names of files may hold bytes that are none."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _formula(config: EnsembleConfig) -> str:
@@ -452,10 +531,10 @@ members are loaded at the first call:
 ```python
 from transformers import AutoTokenizer, {kind}
 
-tokenizer = AutoTokenizer.from_pretrained("{main}"{revision})
-model = {kind}.from_pretrained("{main}", dtype="{dtype}"{revision})
+tokenizer = AutoTokenizer.from_pretrained({main}{revision})
+model = {kind}.from_pretrained({main}, dtype={dtype}{revision})
 inputs = tokenizer("Question: What is 2 + 3?\\nAnswer:", return_tensors="pt")
-ids = model.generate(**inputs, custom_generate="{repo}", trust_remote_code=True, max_new_tokens=32)
+ids = model.generate(**inputs, custom_generate={repo}, trust_remote_code=True, max_new_tokens=32)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 ```
 
@@ -464,7 +543,7 @@ Or without remote code:
 ```python
 from hf_spec_ensemble import load_ensemble
 
-ensemble = load_ensemble("{repo}")
+ensemble = load_ensemble({repo})
 inputs = ensemble.tokenizer("Question: What is 2 + 3?\\nAnswer:", return_tensors="pt")
 ids = ensemble.generate(**inputs, max_new_tokens=32)
 print(ensemble.tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -10,7 +10,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 
 from .adapters import all_locks_of
 from .decoding import ensemble_decoding
-from .validate import assistant_list, check_members, is_model
+from .validate import assistant_list, check_inputs, check_members, is_model
 
 
 _original = None  # GenerationMixin.generate while the integration is enabled
@@ -74,6 +74,7 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
     assistants = assistant_list(next((models for models in given if models is not None), None))
     drafter = arguments.pop("drafter", None)
     check_members([model, *assistants], config, drafter)  # before anything else may go wrong, or take time
+    check_inputs(arguments)
     if arguments.pop("assistant_tokenizer", None) is not None:
         raise ValueError("`assistant_tokenizer` is not supported with `ensemble_config`: members share one tokenizer.")
 

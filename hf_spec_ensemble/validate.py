@@ -2,7 +2,9 @@
 
 import inspect
 import logging
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
@@ -15,6 +17,7 @@ from .config import EnsembleConfig
 from .drafter import PROMPT_LOOKUP
 from .processing import in_order_only
 from .ranks import is_sharded
+from .vocabulary import UNCOMPARED, check_beside
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ def check_members(
 
     Raises:
         `TypeError`: if the config or a member is of the wrong type.
-        `ValueError`: if the number of members, their kind or their vocabularies do not fit.
+        `ValueError`: if the number of members, their kind, their vocabularies or their tokenizers do not fit.
     """
     if not isinstance(config, EnsembleConfig):
         raise TypeError(f"`ensemble_config` must be an EnsembleConfig, but is a {type(config).__name__}: {config!r}.")
@@ -98,7 +101,9 @@ def check_members(
                 f"Encoder-decoder and decoder-only models cannot form an ensemble, but {name} is a "
                 f"{type(member).__name__} and the main model a {type(members[0]).__name__}: use members of one kind."
             )
-    shared_vocabulary([member for member, _ in named])
+    _, shared = shared_vocabulary([member for member, _ in named])
+    if not check_beside(named, shared):
+        warn_once(UNCOMPARED)
     return config.for_members(len(members), drafters=int(drafter is not None))
 
 
@@ -140,6 +145,22 @@ def check_prompt(input_ids: torch.Tensor, members: list[PreTrainedModel]) -> Non
         )
 
 
+def check_inputs(given: Mapping[str, Any]) -> None:
+    """
+    Checks what `generate()` is given to read, before a model's encoder reads it.
+
+    Args:
+        given (`Mapping`): By name: `input_ids` or `inputs`, `decoder_input_ids`, and their masks.
+
+    Raises:
+        `ValueError`: if there are no tokens, or a mask is not of their shape.
+    """
+    ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
+    continues = given_cache(given) is not None  # `check_call` knows what it holds
+    _check_sizes(ids, None if continues else given.get("attention_mask"), "attention_mask")
+    _check_sizes(given.get("decoder_input_ids"), given.get("decoder_attention_mask"), "decoder_attention_mask")
+
+
 def check_call(
     config: EnsembleConfig,
     generation_config: GenerationConfig,
@@ -173,6 +194,11 @@ def check_call(
         )
     _check_processors(config, processors)
     _check_cache(generation_config, input_ids, model_kwargs)
+    name = "decoder_attention_mask" if model_kwargs.get("encoder_outputs") is not None else "attention_mask"
+    mask = model_kwargs.get(name)
+    if mask is None:  # of ones alone: `generate()` keeps their number
+        mask = torch.empty(len(input_ids), getattr(generation_config, "_mask_length", input_ids.shape[1]))
+    _check_sizes(input_ids, mask, name)
     if config.speculative:
         _check_speculative(generation_config, model_kwargs)
 
@@ -243,6 +269,22 @@ def check_media(models: list[PreTrainedModel], encoded: dict | None, media: dict
                 f"The main model is given `{unknown[0]}`, which a {type(model).__name__} does not take: all members "
                 "must read the same inputs. Use assistants of the main model's kind, or leave the images out."
             )
+
+
+def _check_sizes(ids: Any, mask: Any, name: str) -> None:
+    """Of tokens `[B, P]` and their mask, where both are that; a cache that is continued changes neither."""
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return
+    if not ids.numel():
+        raise ValueError(
+            f"The prompt is empty: its ids have the shape {tuple(ids.shape)}. Give at least one token, as the one that "
+            "begins a text."
+        )
+    if isinstance(mask, torch.Tensor) and mask.shape != ids.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of the ids, {tuple(ids.shape)}, but has {tuple(mask.shape)}: give 1 for "
+            "every token and 0 for padding, those in a cache included."
+        )
 
 
 def _check_cache(generation_config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict) -> None:

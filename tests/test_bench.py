@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import re
+import socket
+import struct
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.bench import Plan, Records, Settings, measure, report, tasks
+from hf_spec_ensemble.bench import Plan, Records, Settings, measure, report, sandbox, seccomp, tasks
 from hf_spec_ensemble.bench import plan as planning
 from hf_spec_ensemble.bench.__main__ import main
 from hf_spec_ensemble.bench.sandbox import runs
@@ -165,6 +168,87 @@ def test_the_sandbox_refuses_what_a_puzzle_does_not_need(tmp_path, attempt):
     names = {"file": str(tmp_path / "new"), "victim": str(tmp_path / "victim"), "folder": str(tmp_path)}
     assert not runs(attempt.format(**names))
     assert [file.name for file in tmp_path.iterdir()] == ["victim"]
+
+
+ATTACKS = {
+    "fork_exec": """
+import _posixsubprocess, os, sys
+try:
+    read, write = os.pipe()
+except PermissionError:
+    read, write = 0, 1
+shell = b"/bin/sh"
+_posixsubprocess.fork_exec(
+    [shell, b"-c", b"echo x > {file}"], [shell], True, (write,), None, None, -1, -1, -1, -1, -1, -1, read, write,
+    True, False, *([] if sys.version_info < (3, 11) else [0]), None, None, None, -1, None,
+    *([] if sys.version_info < (3, 11) else [False]),
+)
+import time
+time.sleep(0.5)
+""",
+    "fork": "import os\nif os.fork() == 0:\n    open({file!r}, 'w').write('x')",
+    "a thread": "import _thread\n_thread.start_new_thread(print, ())",
+    "a file": "import os\nos.close(os.open({file!r}, os.O_WRONLY | os.O_CREAT))",
+    "a folder": "import os\nos.mkdir({file!r})",
+    "a link": "import os\nos.symlink('/', {file!r})",
+    "removal": "import os\nos.remove({victim!r})",
+    "renaming": "import os\nos.rename({victim!r}, {file!r})",
+    "cutting": "import os\nos.truncate({victim!r}, 0)",
+    "rights": "import os\nos.chmod({victim!r}, 0)",
+    "a connection": "import socket\nsocket.create_connection(('127.0.0.1', {port}))",
+    "a signal": "import os\nos.kill(os.getppid(), 0)",
+    "another program": "import os\nos.execv('/bin/true', ['true'])",
+}
+
+
+@pytest.mark.skipif(not sandbox.enforced(), reason="this kernel, or what runs on it, filters no calls for us")
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+@pytest.mark.parametrize("hook", [True, False])
+def test_the_kernel_refuses_what_python_does_not_notice(tmp_path, attack, hook):
+    (tmp_path / "victim").write_text("here")
+    mode = (tmp_path / "victim").stat().st_mode
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        names = {"file": str(tmp_path / "new"), "victim": str(tmp_path / "victim"), "port": server.getsockname()[1]}
+        attack = re.sub(r"\{(\w+)(!r)?\}", lambda m: repr(names[m[1]]) if m[2] else str(names[m[1]]), attack)
+        runner = sandbox.LIMITS + (sandbox.HOOK if hook else "") + sandbox.RUN
+        assert not sandbox._run(attack, runner, sandbox.filter_for())
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert [file.name for file in tmp_path.iterdir()] == ["victim"]
+    assert (tmp_path / "victim").read_text() == "here" and (tmp_path / "victim").stat().st_mode == mode
+
+
+def test_where_the_kernel_does_not_filter_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sandbox, "filter_for", lambda: None)
+    unknown = sandbox.enforced.__wrapped__  # without what is remembered of this process
+    monkeypatch.setattr(sandbox, "enforced", unknown)
+    monkeypatch.setattr(planning, "enforced", unknown)
+    assert not sandbox.enforced()
+    assert runs("assert True") and not runs(f"open({str(tmp_path / 'new')!r}, 'w')")
+    main(arguments(tmp_path, task="humaneval", more="--compare auto --run-model-code", count=1))
+    out = capsys.readouterr().out
+    assert out.startswith("The kernel does not confine") and not (tmp_path / "new").exists()
+
+
+def test_a_filter_that_python_cannot_live_with_is_not_set(monkeypatch):
+    nothing_allowed = struct.pack("<HBBI", seccomp.RETURN, 0, 0, seccomp.REFUSE)
+    monkeypatch.setattr(sandbox, "filter_for", lambda: nothing_allowed)
+    monkeypatch.setattr(sandbox, "enforced", sandbox.enforced.__wrapped__)
+    assert not sandbox.enforced() and runs("assert True")
+
+
+@pytest.mark.parametrize("code", ["x = '\ud800'", "x = 1\0", "\ufeffx ="])
+def test_code_that_is_no_text_is_wrong(code):
+    assert runs(code) is False
+    assert tasks.TASKS["humaneval"].score(HUMANEVAL, f"```python\n{code}\n```") == 0
+
+
+def test_the_sandbox_lets_files_be_read_and_modules_imported():
+    program = "import json, os, random, time, datetime, decimal, unittest, dataclasses, asyncio, tempfile, typing"
+    program += f"\nassert open({__file__!r}).read() and os.listdir('/') and os.path.isfile({__file__!r})"
+    program += "\ntime.sleep(0.01); random.random(); datetime.datetime.now(); os.getcwd()\nhash(''), id(1)"
+    assert runs(program)
 
 
 def test_the_sandbox_lets_ordinary_programs_run():

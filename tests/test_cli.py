@@ -83,7 +83,14 @@ def test_other_commands_go_to_their_programs(capsys, monkeypatch):
         assert given == [["--members", "x"]]
 
 
-@pytest.mark.skipif(not entry_points(name="hf-spec-ensemble"), reason="not installed: pip install -e .")
-def test_the_script_is_installed():
-    (script,) = entry_points(group="console_scripts", name="hf-spec-ensemble")
-    assert script.load() is cli.main
+SCRIPT = list(entry_points(group="console_scripts", name="hf-spec-ensemble"))
+
+
+@pytest.mark.skipif(not SCRIPT, reason="not installed: pip install -e .")
+def test_the_script_is_installed(monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "main", given.append)
+    monkeypatch.setattr("sys.argv", ["hf-spec-ensemble", "generate", "Hello"])
+    assert SCRIPT[0].value == "hf_spec_ensemble_script:main", "installed from an older version: pip install -e ."
+    SCRIPT[0].load()()
+    assert given == [["generate", "Hello"]]

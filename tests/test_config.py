@@ -5,6 +5,7 @@ import math
 import warnings
 
 import pytest
+import torch
 
 from hf_spec_ensemble import EnsembleConfig
 from hf_spec_ensemble.roles import Roles
@@ -69,7 +70,16 @@ def test_bad_values_are_named(fields, message):
         EnsembleConfig(**fields)
 
 
-@pytest.mark.parametrize("fields", [dict(weights="half"), dict(weights=0.5), dict(alternate=1), dict(speculative=None)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(weights="half"),
+        dict(weights=0.5),
+        dict(weights=torch.tensor(0.5)),
+        dict(alternate=1),
+        dict(speculative=None),
+    ],
+)
 def test_bad_types_are_named(fields):
     with pytest.raises(TypeError, match=f"`{next(iter(fields))}` must be"):
         EnsembleConfig(**fields)

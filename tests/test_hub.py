@@ -1,9 +1,11 @@
 """Ensembles as folders and repositories: saved, loaded, pushed, and run by transformers alone."""
 
+import ast
 import importlib.metadata
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hub import COMMIT, fake_hub
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_spec_ensemble as se
@@ -131,6 +134,44 @@ def test_the_card_says_what_it_is_and_names_no_folder_of_this_machine_on_the_hub
     contrast = se.EnsembleConfig(method="contrastive", contrast=0.3, plausibility=0.1)
     assert "softmax(l_1 - 0.3 * l_2); tokens under 0.1" in str(se.ensemble_card(["a/b", "a/c"], contrast))
     assert str(FAMILY) not in str(card)
+
+
+AWKWARD = [
+    'a "quoted" name',
+    "it's",
+    "back\\slash",
+    "`code` and [a](b) | c <b> & *d* _e_",
+    "two\nlines\n```\nprint('run')",
+    '"); import os; os.abort(); ("',
+    "{braces} {main} %s",
+    "--- ünïcode \u2028 😀",
+    os.fsdecode(b"no text \xff"),
+]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_names_are_escaped_in_the_card_and_its_examples(tmp_path, name):
+    folder = tmp_path / name
+    (folder / "saved").mkdir(parents=True)
+    members = [se.MemberReference(str(folder), revision=name), str(folder / "saved")]
+    saved = se.save_ensemble(tmp_path / "saved", members, se.EnsembleConfig(), repo_id=name, licence=name)
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    given = set()
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Call):
+                values = [*node.args, *(keyword.value for keyword in node.keywords)]
+                given |= {value.value for value in values if isinstance(value, ast.Constant)}
+    assert {str(folder), name} <= given
+    rows = [line for line in card.splitlines() if line.startswith("| l_")]
+    assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
+    assert [line for line in card.splitlines() if line.startswith("# ")] == [f"# {hub._markdown(name.split('/')[-1])}"]
+    assert not re.search(r"(?<!\\)[<`]", rows[0]) and ModelCard(card).data.license == hub._text(name)
+    entry = runpy.run_path(str(saved / "custom_generate" / "generate.py"))["ENSEMBLE"]
+    assert entry["members"][0]["name"] == str(folder) and entry["members"][0]["revision"] == name
+    assert hub.read_ensemble(saved / "ensemble_config.json")[1][0] == members[0]
 
 
 # --- transformers alone, and the card's examples --------------------------------------------------------------------

@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--values", type=int, nargs="+", help="the values of the curve (each curve has defaults)")
     what.add_argument(
         "--run-model-code", action="store_true",
-        help="run the code that models write, with limits in a subprocess, to score humaneval",
+        help="run the code that models write, to score humaneval: in a subprocess with limits, on Linux without the "
+        "means to write files, start processes or open connections; it may read your files",
     )  # fmt: skip
     where = made.add_argument_group("where")
     where.add_argument("--dtype", default=default.dtype)
@@ -109,12 +110,14 @@ def main(argv: list[str] | None = None) -> None:
         args.device = process.device(args.device)
         plan = Plan(settings_of(args))
         bench = Bench(plan, _records(plan.settings, process), process)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         made.error(str(error))
     for note in [*plan.notes, *launch_notes(os.environ)] if process.leads else ():
         print(note)
     try:
         lost = bench.run()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{made.prog}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. What was measured is in {bench.records.file}; the same command continues.")
     if process.leads:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, CompileConfig
 
-from ..arguments import locate
+from ..arguments import check_device, locate
 from ..config import EnsembleConfig
-from .sandbox import can_run
+from ..vocabulary import UNCOMPARED, Tokens, check_tokens, tokens_of
+from .sandbox import can_run, enforced
 from .tasks import TASKS, Row, encode, load_rows
 from .variants import COMPILED, STANDARD, TAKE_LENGTHS, Variant, parse, split
 
@@ -142,6 +143,7 @@ class Plan:
         self._variants = {condition: self._variants_in(condition) for condition in self.conditions}
         self._check_freeze()
         self.tokenizer = _read(AutoTokenizer, settings.members[0])
+        self._check_tokenizers()
         self.longest = self._longest()
         self._prompts = {task: self._read_task(task) for task in settings.tasks}
         self._check_lengths()
@@ -206,17 +208,14 @@ class Plan:
             raise ValueError("--values are those of a --curve, which is not given.")
         if not getattr(getattr(torch, s.dtype, None), "is_floating_point", False):
             raise ValueError(f"--dtype must be a floating type of torch, as float32 or bfloat16, but is {s.dtype!r}.")
-        try:
-            cuda = torch.device(s.device).type == "cuda"
-        except RuntimeError as error:
-            raise ValueError(f"--device {s.device}: {error}") from None
-        if cuda and (torch.device(s.device).index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"--device {s.device}: torch finds no such device here. Of several processes on a machine each takes "
-                "a GPU of its own, unless --device says which."
-            )
+        check_device(s.device)
         if s.run_model_code and not can_run():
             raise ValueError("--run-model-code needs limits of the operating system that this one does not have.")
+        if s.run_model_code and not enforced():
+            self.notes.append(
+                "The kernel does not confine the code that models write here: limits of time and memory, and checks in "
+                "Python, stop accidents and not attackers. Run the benchmark in a container."
+            )
         needed = {"matplotlib": True, "rouge_score": "cnn_dailymail" in s.tasks}
         needed["datasets"] = not set(s.tasks) <= set(s.data_files)
         missing = [name for name, is_needed in needed.items() if is_needed and importlib.util.find_spec(name) is None]
@@ -270,6 +269,13 @@ class Plan:
             else:
                 variants |= {variant.name: variant for variant in parsed}
         return list(variants.values())
+
+    def _check_tokenizers(self) -> None:
+        names = list(dict.fromkeys([*self.settings.members, *self.drafters]))
+        sizes = [_read(AutoConfig, name).get_text_config().vocab_size for name in names]
+        tokens = [tokens_of(self.tokenizer), *map(_tokens_of, names[1:])]
+        if not check_tokens(list(zip(tokens, map(repr, names))), min(sizes)):
+            self.notes.append(UNCOMPARED)
 
     def _longest(self) -> int | None:
         """The most tokens, prompt and text, that all models have positions for."""
@@ -354,6 +360,14 @@ def _stretched(prompts: Sequence[Sequence[int]], index: int, length: int) -> lis
 def _check_whole(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, but is {value}.")
+
+
+def _tokens_of(name: str) -> Tokens | None:
+    """What a model's tokenizer knows; `None` if the model has none."""
+    try:
+        return tokens_of(_read(AutoTokenizer, name))
+    except ValueError:
+        return None
 
 
 def _read(kind: type, name: str) -> Any:

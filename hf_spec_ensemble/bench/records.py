@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import parse_object
+
 
 Record = dict[str, Any]
 CONDITION = ("task", "temperature", "batch_size", "members", "prompt_length")
@@ -30,7 +32,7 @@ class Records:
         header (`dict`): What all records share: `settings` and `environment`, of JSON types.
 
     Raises:
-        `ValueError`: if the file has another header; the message names what differs.
+        `ValueError`: if the file has another header; the message names what differs. Or if it holds no records.
 
     Example:
 
@@ -103,16 +105,17 @@ class Records:
         """The records of a file's lines, if its header is ours."""
         if not text:
             return {}
-        try:
-            header, *records = [json.loads(line) for line in text.decode().splitlines()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not a file of records: {error}.") from None
+        lines = text.split(b"\n")[:-1]
+        header, *records = [parse_object(line, f"Line {i} of {file}") for i, line in enumerate(lines, 1)]
         differences = _differences(header, {"kind": "header", **json.loads(json.dumps(self.header))})
         if differences:
             raise ValueError(
                 f"{file} holds measurements that were made otherwise: {'; '.join(differences)}. Numbers of both "
                 "do not belong into one table: write to another folder with --out."
             )
+        for i, record in enumerate(records, 2):
+            if "kind" not in record or any(isinstance(part, (list, dict)) for part in key_of(record)):
+                raise ValueError(f"Line {i} of {file} is no record: {str(record)[:80]!r}.")
         return {key_of(record): record for record in records}
 
 

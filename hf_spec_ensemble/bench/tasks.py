@@ -1,6 +1,5 @@
 """The tasks: where their rows come from, what a model is asked, how its answer is scored."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..files import parse_object
 from .sandbox import runs
 from .scoring import chosen_letter, final_number, program, rouge_l, same_code
 
@@ -204,14 +204,18 @@ def _read_rows(file: Path, task: Task) -> list[Row]:
     if not file.is_file():
         raise ValueError(f"There is no file {str(file)!r} to read rows from.")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {file} is not JSON: {error}.") from None
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        where = f"Line {number} of {file}"
+        row = parse_object(line, where)
         missing = [field for field in task.fields if field not in row]
         if missing:
-            raise ValueError(f"Line {number} of {file} lacks {missing}: a row needs {list(task.fields)}.")
+            raise ValueError(f"{where} lacks {missing}: a row needs {list(task.fields)}.")
+        try:
+            task.continuation(row)
+            if task.examples_split is not None:
+                task.answer(row)
+        except (TypeError, AttributeError, LookupError) as error:
+            raise ValueError(f"{where} has fields of other types than the Hub's data set: {error}.") from None
         rows.append(row)
     if not rows:
         raise ValueError(f"{file} has no rows.")
