@@ -20,6 +20,7 @@ from .member import Member
 from .placement import device_of
 from .ranks import Ranks
 from .runner import Runner, StaticRunner
+from .snapshots import needs_snapshots
 from .uncached import member_of
 from .validate import STANDARD, warn_once
 
@@ -195,7 +196,7 @@ class _Trial:
 
     def _one_by_one(self, text: torch.Tensor) -> Iterator[float]:
         """As the standard ensemble reads."""
-        _, whole = self._begin(text)
+        whole = self._whole(text)
         member, _ = self._begin(text, self.prompt_length)
         for end in range(self.prompt_length + 1, self.length):
             yield _difference(member.score(text, self._all(end)), whole[:, [end - self.prompt_length]])
@@ -203,6 +204,8 @@ class _Trial:
     def _after_roll_back(self, text: torch.Tensor) -> Iterator[float]:
         """Several tokens at once and then one, after others were forgotten, in all rows alike."""
         member, whole = self._begin(text)
+        if needs_snapshots(self.model):  # it has read the prompt by itself, for a state to go back to
+            whole = self._whole(text)
         return self._in_pieces(member, whole, text, self._all(self.prompt_length + 1))
 
     def _with_hidden_slots(self, text: torch.Tensor) -> Iterator[float]:
@@ -229,7 +232,11 @@ class _Trial:
                 wanted = whole[row, first + 1 - self.prompt_length : end + 1 - self.prompt_length]
                 yield _difference(logits[row, : len(wanted)], wanted)
 
-    def _begin(self, text: torch.Tensor, end: int | None = None) -> tuple[Member, torch.Tensor]:
+    def _whole(self, text: torch.Tensor) -> torch.Tensor:
+        """The logits `[rows, K, V]` behind the prompt, from one pass over the whole text."""
+        return self._begin(text, settled=self.length)[1]
+
+    def _begin(self, text: torch.Tensor, end: int | None = None, settled: int = 0) -> tuple[Member, torch.Tensor]:
         """A member that has read the text up to `end`, and its logits `[rows, K, V]` behind the prompt."""
         mask = torch.ones_like(text[:, : self.prompt_length])
         if self.rows > 1:
@@ -239,6 +246,7 @@ class _Trial:
         try:
             member = member_of(self.model, kwargs, text[:, : self.prompt_length], self.runner)
             member.minds_hidden_slots = False
+            member.settled = self._all(settled)
             logits = member.score(text, self._all(end or self.length))
         except Exception as error:
             raise _CannotRead(_in_short(error)) from error

@@ -17,9 +17,13 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def generate(models, batch=1, speculative=True, **kwargs):
     config = se.EnsembleConfig(speculative=speculative, num_assistant_tokens=[3, 2], **kwargs)
-    return models[0].generate(
-        **prompts(batch), assistant_model=models[1:], ensemble_config=config, max_new_tokens=12, do_sample=False
-    ).tolist()
+    return (
+        models[0]
+        .generate(
+            **prompts(batch), assistant_model=models[1:], ensemble_config=config, max_new_tokens=12, do_sample=False
+        )
+        .tolist()
+    )
 
 
 def pair(way, where=1):
