@@ -21,14 +21,16 @@ from .placement import device_of
 from .ranks import Ranks
 from .runner import Runner, StaticRunner
 from .snapshots import needs_snapshots
-from .uncached import member_of
+from .uncached import UncachedMember, member_of
 from .validate import STANDARD, warn_once
 
 
+PROMPT = 4  # tokens: no fewer than the kernels of convolutions usually have
 AFTER_PROMPT = 4  # tokens that are read in several ways
 TRIES = 3  # texts that must all differ: rounding can send a token to another expert of a mixture of experts
 SLOTS = 16  # of a static cache
-FARTHEST = 4096  # slots at most by which tokens are moved apart, to see whether a window counts slots
+# Slots that are put between tokens, to see whether distances count them: at least, and as many as a window at most
+FAR, FARTHEST = 64, 4096
 
 # Windows in tokens, by the names of what holds them, and what they are narrowed to.
 NARROWED, NARROW = ("sliding_window", "attention_chunk_size"), 3
@@ -72,8 +74,8 @@ def check_reading(members: Sequence[Member], prompt: torch.Tensor, speculative: 
         `ValueError`: naming a model that cannot read so, what was found, and what to do.
     """
     for member in members:
-        rows = len(prompt) > 1
-        reading = ranks.agree_on(reading_of(member.model, member.kwargs, member.runner, speculative, rows))
+        padded = not member.prompt_visible.all()
+        reading = ranks.agree_on(reading_of(member, speculative, len(prompt) > 1, padded))
         name = type(member.model).__name__
         if reading.fault is not None:
             instead = f"use other members, or {STANDARD}" if speculative else "use other members"
@@ -81,7 +83,6 @@ def check_reading(members: Sequence[Member], prompt: torch.Tensor, speculative: 
                 f"A {name} cannot be a member here: it {reading.fault}. Its texts would be wrong: {instead}. "
                 "(EnsembleConfig(check_members=False) leaves this check out.)"
             )
-        padded = not member.prompt_visible.all()
         if member.cache is None and reading.minds_padding and padded:
             raise ValueError(
                 f"A {name} takes none of transformers' caches and minds padding: give it prompts of equal length, or "
@@ -96,13 +97,11 @@ def check_reading(members: Sequence[Member], prompt: torch.Tensor, speculative: 
                 f"A {name} reads left-padded rows differently from the same rows alone, in transformers itself: texts "
                 "of a padded batch are the standard ensemble's, and not those of single prompts."
             )
-        if reading.in_step is not None:
-            member.minds_hidden_slots = reading.in_step
+        if reading.in_step:
+            member.minds_hidden_slots = True
 
 
-def reading_of(
-    model: PreTrainedModel, kwargs: dict[str, Any], runner: Runner, speculative: bool, rows: bool
-) -> Reading:
+def reading_of(member: Member, speculative: bool, rows: bool = False, padded: bool = False) -> Reading:
     """
     How a model reads; tried once in a process for each model object, kind of cache and kind of call.
 
@@ -110,15 +109,14 @@ def reading_of(
     nor anything that is measured or kept for the model changes.
 
     Args:
-        model (`PreTrainedModel`): In evaluation mode.
-        kwargs (`dict`): What its `forward` will be given; of this only what encoders made of a source is used.
-        runner (`Runner`): How its passes will run; the check takes the same kind of cache.
+        member (`Member`): Has the model, what encoders made of a source, and a runner, which says the kind of cache.
         speculative (`bool`): As for `check_reading`.
         rows (`bool`): Whether there are several rows, and so hidden slots.
+        padded (`bool`): Whether a row begins with padding.
     """
-    static = runner.slots is not None
-    key = ("reading", static, speculative, rows)
-    return remembered([model], key, lambda: _Trial(model, kwargs, static, rows).reading(speculative))
+    rows, padded = rows and speculative, padded and speculative  # else a row is read as `generate()` reads it
+    kind = member.runner.slots is not None, member.prompt_length > 1, speculative, rows, padded
+    return remembered([member.model], ("reading", *kind), lambda: _Trial(member, rows, padded).reading(speculative))
 
 
 class _CannotRead(Exception):
@@ -128,15 +126,18 @@ class _CannotRead(Exception):
 class _Trial:
     """Reads a few tokens in several ways; arguments as for `reading_of`."""
 
-    def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any], static: bool, rows: bool):
-        self.model = model
-        self.static = static
-        self.rows = self.prompt_length = 1 + rows  # the second row begins with padding
+    def __init__(self, member: Member, rows: bool = False, padded: bool = False):
+        self.model = model = member.model
+        self.static = member.runner.slots is not None
+        self.rows = 1 + rows
+        self.padded = rows and padded
+        own = member.prompt_length if member.model.config.is_encoder_decoder else PROMPT
+        self.prompt_length = min(own, PROMPT) + self.padded
         self.length = self.prompt_length + AFTER_PROMPT
-        self.runner = StaticRunner(model, SLOTS) if static else Runner(model)
-        self.kwargs = _source(model, kwargs, self.rows)
+        self.kwargs = _source(model, member.kwargs, self.rows)
         self.tolerance = _tolerance(model)
         self.padding = 0.0  # the difference that padding makes
+        self.has_read = False
         self.error = ""
 
     def reading(self, speculative: bool) -> Reading:
@@ -154,7 +155,7 @@ class _Trial:
     def _unread(self, error: "_CannotRead") -> Reading:
         if not self.static:
             return Reading(unknown=f"reading a prompt raised {error}")
-        self.runner = Runner(self.model)
+        self.static = False
         try:
             self._begin(self._text(0))
         except _CannotRead:
@@ -163,6 +164,7 @@ class _Trial:
 
     def _reading(self, speculative: bool) -> Reading:
         if not speculative:
+            self.tolerance = TOLERANCE  # with and without a cache a model may round in other places
             return Reading(self._fault(self._one_by_one, "one token after the other differently from the whole text"))
         self.model = _with_narrow_windows(self.model)
         if self.rows > 1 and self._least(self._with_hidden_slots) <= self.tolerance:
@@ -184,19 +186,26 @@ class _Trial:
         """
         least = np.inf
         for number in range(TRIES):
-            try:
-                least = min(least, max(way(self._text(number))))
-            except _CannotRead:
-                raise
-            except Exception as error:  # whatever a model's own code raises
-                self.error = _in_short(error)
+            least = min(least, self._difference_in(way, number))
             if least <= self.tolerance:
                 break
         return least
 
+    def _difference_in(self, way: Callable[[torch.Tensor], Iterator[float]], number: int) -> float:
+        try:
+            return max(way(self._text(number)))
+        except _CannotRead as error:
+            if not self.has_read:
+                raise
+            self.error = str(error)
+        except Exception as error:  # whatever a model's own code raises
+            self.error = _in_short(error)
+        return np.inf
+
     def _one_by_one(self, text: torch.Tensor) -> Iterator[float]:
         """As the standard ensemble reads."""
-        whole = self._whole(text)
+        uncached = UncachedMember(self.model, self.kwargs, text[:, : self.prompt_length])
+        whole = uncached.score(text, self._all(self.length))
         member, _ = self._begin(text, self.prompt_length)
         for end in range(self.prompt_length + 1, self.length):
             yield _difference(member.score(text, self._all(end)), whole[:, [end - self.prompt_length]])
@@ -204,16 +213,18 @@ class _Trial:
     def _after_roll_back(self, text: torch.Tensor) -> Iterator[float]:
         """Several tokens at once and then one, after others were forgotten, in all rows alike."""
         member, whole = self._begin(text)
+        kept = self._all(self.prompt_length + 1)
         if needs_snapshots(self.model):  # it has read the prompt by itself, for a state to go back to
-            whole = self._whole(text)
-        return self._in_pieces(member, whole, text, self._all(self.prompt_length + 1))
+            _, whole = self._begin(text, settled=self.length)
+            yield from self._in_pieces(member, whole, text, kept)  # passes over one token may write to states in place
+        yield from self._in_pieces(member, whole, text, kept)
 
     def _with_hidden_slots(self, text: torch.Tensor) -> Iterator[float]:
         """The same in rows that forget and read different numbers of tokens: hidden slots lie between visible ones."""
         member, whole = self._begin(text)
         if member.in_step:
             return iter([np.inf])
-        gap = 0 if member.windowed else _window(self.model)
+        gap = 0 if member.windowed else max(FAR, _window(self.model))
         return self._in_pieces(member, whole, text, self.prompt_length + np.array([2, 1]), gap)
 
     def _in_pieces(
@@ -232,37 +243,35 @@ class _Trial:
                 wanted = whole[row, first + 1 - self.prompt_length : end + 1 - self.prompt_length]
                 yield _difference(logits[row, : len(wanted)], wanted)
 
-    def _whole(self, text: torch.Tensor) -> torch.Tensor:
-        """The logits `[rows, K, V]` behind the prompt, from one pass over the whole text."""
-        return self._begin(text, settled=self.length)[1]
-
     def _begin(self, text: torch.Tensor, end: int | None = None, settled: int = 0) -> tuple[Member, torch.Tensor]:
         """A member that has read the text up to `end`, and its logits `[rows, K, V]` behind the prompt."""
-        mask = torch.ones_like(text[:, : self.prompt_length])
-        if self.rows > 1:
-            mask[1, 0] = 0
-        name = "decoder_attention_mask" if self.model.config.is_encoder_decoder else "attention_mask"
-        kwargs = self.kwargs | ({name: mask} if self.rows > 1 else {})
+        prompt = text[:, : self.prompt_length]
+        kwargs = dict(self.kwargs)
+        if self.padded:
+            name = "decoder_attention_mask" if self.model.config.is_encoder_decoder else "attention_mask"
+            kwargs[name] = torch.ones_like(prompt)
+            kwargs[name][1, 0] = 0
+        runner = StaticRunner(self.model, SLOTS) if self.static else Runner(self.model)
         try:
-            member = member_of(self.model, kwargs, text[:, : self.prompt_length], self.runner)
-            member.minds_hidden_slots = False
+            member = member_of(self.model, kwargs, prompt, runner)
             member.settled = self._all(settled)
             logits = member.score(text, self._all(end or self.length))
         except Exception as error:
             raise _CannotRead(_in_short(error)) from error
-        if self.rows > 1 and end is None:
+        self.has_read = True
+        if self.padded and end is None:
             self.padding = _difference(logits[1, 1:], logits[0, :-1])
         return member, logits
 
     def _text(self, number: int) -> torch.Tensor:
-        """Tokens `[rows, T]` from all over the vocabulary, no special ones; the second row is the first, one later."""
+        """Tokens `[rows, T]` from all over the vocabulary, but no special ones; the rows are alike but for padding."""
         config = self.model.config.get_text_config(decoder=True)
         special = set(_numbers_in(self.model.config, "_token_id", "_token_index"))
         ordinary = [token for token in range(min(config.vocab_size, 2**16)) if token not in special] or [0]
         golden = 0.6180339887
         places = [(1 + number * self.length + i) * golden % 1 for i in range(self.length)]
         row = [ordinary[int(place * len(ordinary))] for place in places]
-        rows = [row, [ordinary[0], *row[:-1]]][: self.rows]
+        rows = [row, [ordinary[0], *row[:-1]] if self.padded else row][: self.rows]
         return torch.tensor(rows, device=device_of(self.model))
 
     def _all(self, length: int) -> np.ndarray:

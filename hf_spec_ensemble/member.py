@@ -82,7 +82,6 @@ class Member:
         self.seen = np.full(len(prompt), held)
         self.settled = self.seen  # tokens that will never be forgotten
 
-        self._takes_logits_to_keep = model._supports_logits_to_keep()
         self._snapshots = Snapshots(self._linear) if needs_snapshots(model) else None
         # A cache made without the model's config holds all tokens in every layer, behind the same masks
         own_layers = decoder_layers(Runner(model).new_cache())
@@ -109,6 +108,7 @@ class Member:
         mask = kwargs.get(self._mask_name)
         self.prompt_visible = np.ones(prompt.shape, bool) if mask is None else mask.bool().cpu().numpy()
         self.prompt_positions = self._prompt_positions(kwargs.get(self._positions_name))  # [..., B, P]
+        self._takes_logits_to_keep = model._supports_logits_to_keep()
         self.passes = 0
         self._last_token: int | None = None
         self._lock = lock_of(model)

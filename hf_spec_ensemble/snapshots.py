@@ -5,6 +5,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 
+STATES = ("conv_states", "recurrent_states")  # of a layer, by number
+
+
 class Snapshots:
     """
     The states of recurrent layers at some lengths of the text, all rows having the same.
@@ -33,14 +36,7 @@ class Snapshots:
 
     def take(self, length: int) -> None:
         """Notes the states as those after `length` tokens."""
-        # Recurrent states are written to in place, those of convolutions are replaced
-        states = [
-            {
-                "conv_states": dict(layer.conv_states),
-                "recurrent_states": {i: None if x is None else x.clone() for i, x in layer.recurrent_states.items()},
-            }
-            for layer in self._layers
-        ]
+        states = [{name: _copied(getattr(layer, name)) for name in STATES} for layer in self._layers]
         self._taken = [(at, held) for at, held in self._taken if at < length]
         self._taken.append((length, states))
 
@@ -49,7 +45,7 @@ class Snapshots:
         self._taken = [(at, held) for at, held in self._taken if at <= length]
         at, states = self._taken[-1]
         for layer, held in zip(self._layers, states):
-            layer.conv_states = dict(held["conv_states"])
+            layer.conv_states = _copied(held["conv_states"])
             for i, state in held["recurrent_states"].items():
                 if state is not None:
                     layer.recurrent_states[i].copy_(state)
@@ -59,6 +55,11 @@ class Snapshots:
         """Nothing before `length` tokens will be asked for."""
         last = max((at for at, _ in self._taken if at <= length), default=0)
         self._taken = [(at, held) for at, held in self._taken if at >= last]
+
+
+def _copied(states: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor | None]:
+    """Copies: models write to states in place."""
+    return {i: None if state is None else state.clone() for i, state in states.items()}
 
 
 def needs_snapshots(model: PreTrainedModel) -> bool:

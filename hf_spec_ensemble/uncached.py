@@ -62,12 +62,15 @@ class UncachedMember(Member):
             use_cache=False,
             is_first_iteration=True,
         )
+        needed = int((end - before).max())
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = index.shape[1]
         with self._lock:
             self.stopwatch.start()
             logits, _ = self.runner.run(inputs, 0)
             self.stopwatch.stop(None)
         self.seen, self.passes = np.maximum(self.seen, end), self.passes + 1
-        return pick(logits[:, -index.shape[1] :], columns(before, int((end - before).max())))
+        return pick(logits[:, -index.shape[1] :], columns(before, needed))
 
     def _visible(self, read: np.ndarray) -> np.ndarray:
         """Of the tokens `[B, S]` that are read, those that the prompt's mask does not hide."""

@@ -10,6 +10,7 @@ from families import FAMILIES, IN_FLOAT32, MORE_FAMILIES, members, prompts, tiny
 import hf_spec_ensemble as se
 from hf_spec_ensemble.check import reading_of
 from hf_spec_ensemble.runner import Runner, StaticRunner
+from hf_spec_ensemble.uncached import member_of
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -24,6 +25,10 @@ def generate(models, batch=1, speculative=True, **kwargs):
         )
         .tolist()
     )
+
+
+def fresh(model, runner=None):
+    return member_of(model, {}, prompts(1)["input_ids"], runner)
 
 
 def pair(way, where=1):
@@ -62,7 +67,7 @@ def test_what_hidden_slots_disturb_goes_in_step(way):
         config = se.EnsembleConfig(speculative=speculative, num_assistant_tokens=[3, 2], weights=[0.3, 0.7])
         call = dict(assistant_model=models[1], ensemble_config=config, max_new_tokens=24, do_sample=False)
         texts.append(models[0].generate(**inputs, attention_mask=inputs["input_ids"].ge(0).long(), **call).tolist())
-    found = [reading_of(model, {}, Runner(model), speculative=True, rows=True) for model in models]
+    found = [reading_of(fresh(model), speculative=True, rows=True) for model in models]
     assert [reading.in_step for reading in found] == [False, True]
     if way is not broken.windows_count_slots:  # that one reads several tokens in another way as well
         assert texts[0] == texts[1]
@@ -82,7 +87,7 @@ def test_no_false_alarms(family, dtype):
         runner = StaticRunner(model, 64) if static else Runner(model)
         for speculative in (True, False):
             for rows in (False, True):
-                reading = reading_of(model, {}, runner, speculative, rows)
+                reading = reading_of(fresh(model, runner), speculative, rows, padded=rows)
                 assert reading.fault is None and reading.unknown is None, (reading, static, speculative, rows)
 
 
@@ -91,7 +96,7 @@ def test_it_disturbs_nothing():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     for model in models:
-        reading_of(model, {}, Runner(model), speculative=True, rows=True)
+        reading_of(fresh(model), speculative=True, rows=True)
     assert torch.equal(before, torch.get_rng_state())
     config = se.EnsembleConfig(num_assistant_tokens=1, trace=True)
     out = models[0].generate(
