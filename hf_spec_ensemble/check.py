@@ -153,14 +153,12 @@ class _Trial:
         return replace(reading, minds_padding=self.padding > self.tolerance)
 
     def _unread(self, error: "_CannotRead") -> Reading:
-        if not self.static:
-            return Reading(unknown=f"reading a prompt raised {error}")
-        self.static = False
+        """Whether the prompt could not be read because of the cache, or at all: the call may give more to read."""
         try:
-            self._begin(self._text(0))
-        except _CannotRead:
+            self._uncached(self._text(0))
+        except Exception:  # whatever a model's own code raises
             return Reading(unknown=f"reading a prompt raised {error}")
-        return Reading(f"reads no prompt with static caches: {error}")
+        return Reading(f"reads no prompt into a {'static' if self.static else 'growing'} cache: {error}")
 
     def _reading(self, speculative: bool) -> Reading:
         if not speculative:
@@ -194,6 +192,8 @@ class _Trial:
     def _difference_in(self, way: Callable[[torch.Tensor], Iterator[float]], number: int) -> float:
         try:
             return max(way(self._text(number)))
+        except torch.OutOfMemoryError:
+            raise
         except _CannotRead as error:
             if not self.has_read:
                 raise
@@ -204,8 +204,7 @@ class _Trial:
 
     def _one_by_one(self, text: torch.Tensor) -> Iterator[float]:
         """As the standard ensemble reads."""
-        uncached = UncachedMember(self.model, self.kwargs, text[:, : self.prompt_length])
-        whole = uncached.score(text, self._all(self.length))
+        whole = self._uncached(text)
         member, _ = self._begin(text, self.prompt_length)
         for end in range(self.prompt_length + 1, self.length):
             yield _difference(member.score(text, self._all(end)), whole[:, [end - self.prompt_length]])
@@ -243,6 +242,12 @@ class _Trial:
                 wanted = whole[row, first + 1 - self.prompt_length : end + 1 - self.prompt_length]
                 yield _difference(logits[row, : len(wanted)], wanted)
 
+    def _uncached(self, text: torch.Tensor) -> torch.Tensor:
+        """The logits `[rows, K, V]` behind the prompt and every later token, without a cache."""
+        return UncachedMember(self.model, self.kwargs, text[:, : self.prompt_length]).score(
+            text, self._all(self.length)
+        )
+
     def _begin(self, text: torch.Tensor, end: int | None = None, settled: int = 0) -> tuple[Member, torch.Tensor]:
         """A member that has read the text up to `end`, and its logits `[rows, K, V]` behind the prompt."""
         prompt = text[:, : self.prompt_length]
@@ -256,6 +261,8 @@ class _Trial:
             member = member_of(self.model, kwargs, prompt, runner)
             member.settled = self._all(settled)
             logits = member.score(text, self._all(end or self.length))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise _CannotRead(_in_short(error)) from error
         self.has_read = True

@@ -33,7 +33,7 @@ def fresh(model, runner=None):
 
 def pair(way, where=1):
     models = copy.deepcopy(members("llama", 2))
-    models[where].config.window_size = 6
+    models[where].config.window_size = 16
     models[where] = broken.broken(models[where], way)
     return models
 
