@@ -64,16 +64,21 @@ def tokens_held(cache: Cache) -> int:
     )
 
 
+def holds_keys(layer: CacheLayerMixin) -> bool:
+    """Whether there is anything in a layer of attention: those that use another one's keys stay empty (Gemma 4)."""
+    return layer.is_initialized and layer.keys is not None
+
+
 def remove_last(layers: Sequence[CacheLayerMixin | LinearAttentionLayer], slots: int) -> None:
     """Removes the last slots of layers, and no others: some layers' own `crop` also cuts to their window."""
     for layer in layers:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for i, states in layer.conv_states.items():
                 layer.conv_states[i] = states[..., :-slots]
-        if isinstance(layer, DynamicSlidingWindowLayer):
+        if isinstance(layer, DynamicSlidingWindowLayer) and holds_keys(layer):
             layer.keys, layer.values = layer.keys[:, :, :-slots], layer.values[:, :, :-slots]
             layer.cumulative_length -= slots
-        elif isinstance(layer, DynamicLayer) and layer.is_initialized:
+        elif isinstance(layer, DynamicLayer) and holds_keys(layer):
             DynamicLayer.crop(layer, -slots)
     # What static layers hold beyond their length is hidden by the mask, and overwritten
     lengths = [layer.cumulative_length for layer in layers if isinstance(layer, StaticLayer)]
@@ -115,7 +120,7 @@ def pick_slots(layer: CacheLayerMixin, order: np.ndarray, slots: int) -> None:
 
 def cut_to_window(layer: DynamicSlidingWindowLayer, pending: int) -> None:
     """Removes slots so old that no window reaches them, even after forgetting `pending` tokens."""
-    if layer.is_initialized:
+    if holds_keys(layer):
         kept = layer.sliding_window - 1 + pending
         layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
 

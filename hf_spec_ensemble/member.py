@@ -11,7 +11,16 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from transformers.generation.candidate_generator import _prepare_token_type_ids
 
 from .adapters import lock_of
-from .cache import append_slots, cut_to_kernel, cut_to_window, decoder_layers, pick_slots, remove_last, tokens_held
+from .cache import (
+    append_slots,
+    cut_to_kernel,
+    cut_to_window,
+    decoder_layers,
+    holds_keys,
+    pick_slots,
+    remove_last,
+    tokens_held,
+)
 from .compat import CACHE_NAMES, cache_names, given_cache, without_cache
 from .padded import columns, window
 from .placement import device_of
@@ -272,8 +281,8 @@ class Member:
 
     def insert_masked(self, slots: int) -> None:
         """Puts so many masked slots behind all that was read, if the cache has layers of full attention only."""
-        if slots and all(type(layer) is DynamicLayer and layer.is_initialized for layer in self._layers):
-            for layer in self._layers:
+        if slots and all(type(layer) is DynamicLayer for layer in self._layers):
+            for layer in filter(holds_keys, self._layers):
                 append_slots(layer, slots)
             self._slots = np.pad(self._slots, ((0, 0), (0, slots)), constant_values=MASKED)
 
@@ -346,7 +355,7 @@ class Member:
         """Sets aside slots that only a roll-back may need: transformers 5.17 attends to all that a layer holds."""
         aside = []
         for layer in self._sliding:
-            extra = layer.keys.shape[-2] - (layer.sliding_window - 1) if layer.is_initialized else 0
+            extra = layer.keys.shape[-2] - (layer.sliding_window - 1) if holds_keys(layer) else 0
             if extra > 0:
                 aside.append((layer, layer.keys[:, :, :extra], layer.values[:, :, :extra]))
                 layer.keys, layer.values = layer.keys[:, :, extra:], layer.values[:, :, extra:]
@@ -367,5 +376,5 @@ class Member:
         slots = self._slots.shape[1]
         self._slots = np.take_along_axis(self._slots, order, axis=1)
         for layer in self._layers:
-            if layer.is_initialized:
+            if holds_keys(layer):
                 pick_slots(layer, order, slots)

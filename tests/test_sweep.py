@@ -1,7 +1,7 @@
 """Every class of language models that transformers knows: as an ensemble right, or refused."""
 
 import pytest
-from sweep import CRASH, NOT_TRIED, WRONG, line, quick, quiet
+from sweep import CRASH, NOT_TRIED, WRONG, line, quick
 from sweep_models import entries
 
 
@@ -13,11 +13,6 @@ UNTRIED = (
 )  # fmt: skip
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    quiet()
 
 
 @pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.name)
