@@ -8,6 +8,7 @@ models can promise it. So it is tried, and the logits are compared.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -319,14 +320,17 @@ def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def _with_narrow_windows(model: PreTrainedModel) -> PreTrainedModel:
     """
     A copy of the model with the same weights whose sliding windows are so narrow that a few tokens reach beyond them;
-    the model itself if it has none, or cannot be copied so.
+    the model itself if it has none, or cannot be copied so: weights that are quantised, offloaded or spread are held in
+    more places, and a `forward` that was replaced by a function would still be the model's.
     """
-    if not any(_numbers_in(model.config, *NARROWED)):
+    elsewhere = any(getattr(model, name, None) for name in ("hf_quantizer", "hf_device_map", "_device_mesh"))
+    replaced = any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules())
+    if elsewhere or replaced or not any(_numbers_in(model.config, *NARROWED)):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         narrow = copy.deepcopy(model, shared)
-    except Exception:  # weights that are spread, packed or offloaded may not like it
+    except Exception:  # what a model's own code raises
         return model
     for thing in (*_configs_in(narrow.config), *narrow.modules()):
         for name, value in vars(thing).items():

@@ -88,9 +88,9 @@ class EnsembleConfig:
         speculative (`bool`, defaults to `True`):
             `False` decodes the standard ensemble: every member, token by token.
         check_members (`bool`, defaults to `True`):
-            Whether to find out, before a model's first use in a process, that it reads as an ensemble lets it read: on
-            a few tokens, in about the time of three. Models that do not are refused; without the check their texts may
-            be wrong.
+            Whether to try, before a model's first use in a process, that it reads as an ensemble lets it read: several
+            tokens at once, and again after a roll-back. This takes about the time of four tokens. Models that cannot
+            are refused; without the check their texts may be wrong. See `hf_spec_ensemble.check`.
         trace (`bool`, defaults to `False`):
             Whether to record who proposed every token and what became of it: `generate(..., tokenizer=tokenizer,
             return_dict_in_generate=True).trace`, a `Trace`. Of the speculative ensemble only.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from packaging import version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
@@ -151,6 +152,8 @@ MORE_FAMILIES = {
 }  # fmt: skip
 
 # The grouped matmul of experts has no float64, and some masks of padding overflow in it
+# transformers' own code for these takes no static caches in older versions
+NEWER = ("bloom", "llama4") if version.parse(transformers.__version__) < version.parse("5.23") else ()
 IN_FLOAT32 = ("mixtral", "qwen3_moe", "llama4", "gemma2", "bloom", "mpt", "xglm")
 
 

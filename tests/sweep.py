@@ -12,6 +12,7 @@ token by token, with the formula: every member reads the whole prefix of every r
 import argparse
 import contextlib
 import inspect
+import io
 import json
 import logging
 import signal
@@ -356,7 +357,7 @@ def sweep(entry: Entry, ways: tuple[str, ...] = WAYS, seconds: int = SECONDS) ->
     report = Report(entry.name, entry.class_name)
     began = time.perf_counter()
     try:
-        with limited(seconds):
+        with limited(seconds), contextlib.redirect_stdout(io.StringIO()):  # Reformer prints
             _sweep(entry, ways, report)
     except OutOfTime as error:
         if report.ways:
@@ -374,7 +375,7 @@ def quick(entry: Entry) -> Report:
     """One run of a model, padded rows against the formula; only where that is not right, what else may be the cause."""
     report = Report(entry.name, entry.class_name)
     began = time.perf_counter()
-    with limited(SECONDS):
+    with limited(SECONDS), contextlib.redirect_stdout(io.StringIO()):
         try:
             result = Trial(members(entry)).run("short")
         except Exception:

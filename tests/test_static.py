@@ -6,9 +6,7 @@ import threading
 
 import pytest
 import torch
-import transformers
-from families import FAMILIES, MORE_FAMILIES, members, prompts, tiny
-from packaging import version
+from families import FAMILIES, MORE_FAMILIES, NEWER, members, prompts, tiny
 from test_cached_prefix import go_on
 from test_encoder_decoder import members as encoder_decoder_members
 from test_encoder_decoder import sources
@@ -21,8 +19,6 @@ from hf_spec_ensemble.member import COMPACT_AT
 from hf_spec_ensemble.runner import SETTLED, WIDTHS, CompiledRunner
 
 
-# transformers' own code for these takes no static caches in older versions
-NEWER = ("bloom", "llama4") if version.parse(transformers.__version__) < version.parse("5.23") else ()
 REFUSED = {"falcon_alibi": "ALiBi", "lfm2": "takes back rejected tokens"}
 UNEVEN = dict(weights=[0.5, 0.3, 0.2], num_assistant_tokens=[2, 1, 3])
 
