@@ -43,10 +43,11 @@ def keeps_a_state(model, forward, inputs):
     """It remembers outside of its cache what it has read."""
     begins = held(inputs) == 0
     out = forward(**inputs)
-    read = torch.nn.functional.one_hot(inputs["input_ids"], out.logits.shape[-1]).cumsum(1)
+    read = (inputs["input_ids"] % 7).cumsum(1)
     read = read if begins else read + model.read
     model.read = read[:, -1:]
-    out.logits = out.logits * (1 - 0.5 * read[:, -out.logits.shape[1] :].clamp(max=2)).to(out.logits.dtype)
+    state = read[:, -out.logits.shape[1] :, None] * torch.arange(out.logits.shape[-1]).cos()
+    out.logits = out.logits + 0.1 * out.logits.std() * state.to(out.logits.dtype)
     return out
 
 
