@@ -53,15 +53,13 @@ def check_device(name: str) -> None:
         `ValueError`: naming what `--device` says.
     """
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {error}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
         raise ValueError(
-            f"--device {name}: torch finds no such device here. It has {torch.cuda.device_count()} GPUs; the "
-            "processor is --device cpu. Of several processes on a machine each takes a GPU of its own, unless --device "
-            "says which."
-        )
+            f"--device {name}: torch has no such device here ({reason}). It sees {torch.cuda.device_count()} GPUs. Use "
+            "--device cpu. Of several processes on a machine each takes a GPU of its own, unless --device says which."
+        ) from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:

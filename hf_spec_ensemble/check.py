@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from .estimates import remembered
 from .member import Member
@@ -33,6 +33,9 @@ SLOTS = 16  # of a static cache
 # Slots that are put between tokens, to see whether distances count them: at least, and as many as a window at most
 FAR, FARTHEST = 64, 4096
 
+# Rotary embeddings whose frequencies depend on the longest position that a pass reads.
+DYNAMIC, LONG = "dynamic", "longrope"
+
 # Windows in tokens, by the names of what holds them, and what they are narrowed to.
 NARROWED, NARROW = ("sliding_window", "attention_chunk_size"), 3
 
@@ -40,6 +43,7 @@ NARROWED, NARROW = ("sliding_window", "attention_chunk_size"), 3
 # parameters that read well differ by 5e-6 in float32, 0.01 in float16 and 0.06 in bfloat16, and by 0.3 where
 # activations are rounded to 8 bits; the same models made wrong on purpose (tests/broken.py) by 0.2 to 5.
 TOLERANCE_IN_FLOAT32, TOLERANCE, TOLERANCE_IF_QUANTISED = 1e-3, 0.1, 0.4
+TOLERANCE_WITHOUT_CACHE = 0.05  # at least: some models compute in other ways then
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Reading:
     unknown: str | None = None
 
 
-def check_reading(members: Sequence[Member], prompt: torch.Tensor, speculative: bool, ranks: Ranks) -> None:
+def check_reading(
+    members: Sequence[Member], prompt: torch.Tensor, speculative: bool, ranks: Ranks, longest: int | None = None
+) -> None:
     """
     Finds out how members read that have read nothing yet, and lets them do as it suits them; warns once of what a user
     should know.
@@ -71,54 +77,90 @@ def check_reading(members: Sequence[Member], prompt: torch.Tensor, speculative: 
         prompt (`torch.Tensor` `[B, P]`): For its shape.
         speculative (`bool`): Whether they will read several tokens at once and take some back.
         ranks (`Ranks`): The processes that decode together.
+        longest (`int`, *optional*): Tokens of the longest text, prompt included.
 
     Raises:
         `ValueError`: naming a model that cannot read so, what was found, and what to do.
     """
+    rows = len(prompt) > 1
     for member in members:
+        _check_positions(member, prompt.shape[1], longest, speculative)
         padded = not member.prompt_visible.all()
-        reading = ranks.agree_on(reading_of(member, speculative, len(prompt) > 1, padded))
+        reading = ranks.agree_on(reading_of(member, speculative, rows, padded, longest))
         name = type(member.model).__name__
         if reading.fault is not None:
-            instead = f"use other members, or {STANDARD}" if speculative else "use other members"
             raise ValueError(
-                f"A {name} cannot be a member here: it {reading.fault}. Its texts would be wrong: {instead}. "
-                "(EnsembleConfig(check_members=False) leaves this check out.)"
+                f"The model {name} cannot be a member here: it {reading.fault}. Its texts would be wrong: "
+                f"{_instead_of(member, speculative, rows, padded)}. (EnsembleConfig(check_members=False) leaves this "
+                "check out.)"
             )
-        if member.cache is None and reading.minds_padding and padded:
+        if member.cache is None and reading.minds_padding:
             raise ValueError(
-                f"A {name} takes none of transformers' caches and minds padding: give it prompts of equal length, or "
-                "one at a time."
+                f"The model {name} does not use transformers' caches, and padding changes its logits: give prompts of "
+                "equal length, or one prompt at a time."
             )
         if reading.unknown is not None:
-            warn_once(f"How a {name} reads could not be checked: {reading.unknown}. Its texts may be inexact.")
+            warn_once(f"How the model {name} reads was not checked: {reading.unknown}. Its texts may be inexact.")
         if member.cache is None:
-            warn_once(f"A {name} takes none of transformers' caches: it reads the whole text in every pass.")
-        if reading.minds_padding and padded:
+            warn_once(f"The model {name} takes none of transformers' caches: it reads the whole text in every pass.")
+        if reading.minds_padding:
             warn_once(
-                f"A {name} reads left-padded rows differently from the same rows alone, in transformers itself: texts "
-                "of a padded batch are the standard ensemble's, and not those of single prompts."
+                f"The model {name} gives other logits for left-padded rows than for the same rows alone, in "
+                "transformers itself. Texts of a padded batch are the standard ensemble's, not those of single prompts."
             )
         if reading.in_step:
             member.minds_hidden_slots = True
 
 
-def reading_of(member: Member, speculative: bool, rows: bool = False, padded: bool = False) -> Reading:
-    """
-    How a model reads; tried once in a process for each model object, kind of cache and kind of call.
+def _instead_of(member: Member, speculative: bool, rows: bool, padded: bool) -> str:
+    """What to do where a model cannot read as it would have to."""
+    if padded and reading_of(member, speculative, rows).fault is None:
+        return "give prompts of equal length, or one prompt at a time"
+    if speculative and reading_of(member, speculative=False).fault is None:
+        return f"use other members, or {STANDARD}"
+    return "use other members"
 
-    It takes three passes over a few tokens, eagerly, and more only where something differs. Neither the random state
-    nor anything that is measured or kept for the model changes.
+
+def _check_positions(member: Member, prompt_length: int, longest: int | None, speculative: bool) -> None:
+    """Raises for rotary embeddings that change within the text: what was read before would have to be read again."""
+    kind, limit = _rope(member.model)
+    crosses = kind is not None and longest is not None and longest > limit
+    if not crosses or (kind == DYNAMIC and not speculative) or (kind == LONG and prompt_length > limit):
+        return
+    standard = f", or use {STANDARD}" if kind == DYNAMIC else ""
+    raise ValueError(
+        f"The rotary embeddings of {type(member.model).__name__} (rope_type {kind!r}) change when a text gets longer "
+        f"than {limit} tokens, and this one may have {longest}: set `max_new_tokens` so that it stays within{standard}."
+    )
+
+
+def reading_of(
+    member: Member, speculative: bool, rows: bool = False, padded: bool = False, longest: int | None = None
+) -> Reading:
+    """
+    How a model reads. It is tried once in a process for each model object, kind of cache and kind of call; a model that
+    was refused, or could not be checked, is tried again.
+
+    It takes three passes over a few tokens, eagerly. There are more for recurrent models and static caches, and where
+    something differs. Neither the random state nor anything that is measured or kept for the model changes.
 
     Args:
         member (`Member`): Has the model, what encoders made of a source, and a runner, which says the kind of cache.
         speculative (`bool`): As for `check_reading`.
         rows (`bool`): Whether there are several rows, and so hidden slots.
         padded (`bool`): Whether a row begins with padding.
+        longest (`int`, *optional*): Tokens of the longest text, which a window may not reach over.
     """
     rows, padded = rows and speculative, padded and speculative  # else a row is read as `generate()` reads it
-    kind = member.runner.slots is not None, member.prompt_length > 1, speculative, rows, padded
-    return remembered([member.model], ("reading", *kind), lambda: _Trial(member, rows, padded).reading(speculative))
+    model = member.model
+    gap = _gap(model, longest) if rows else 0
+    state = model.training, model.dtype, getattr(model.config, "_attn_implementation", None)
+    kind = member.runner.slots is not None, member.prompt_length > 1, speculative, rows, padded, gap, *state
+    kept: dict[tuple, Reading] = remembered([model], "readings", dict)
+    reading = kept.get(kind) or _Trial(member, rows, padded, gap).reading(speculative)
+    if reading.fault is None and reading.unknown is None:
+        kept[kind] = reading
+    return reading
 
 
 class _CannotRead(Exception):
@@ -128,7 +170,8 @@ class _CannotRead(Exception):
 class _Trial:
     """Reads a few tokens in several ways; arguments as for `reading_of`."""
 
-    def __init__(self, member: Member, rows: bool = False, padded: bool = False):
+    def __init__(self, member: Member, rows: bool = False, padded: bool = False, gap: int = FAR):
+        self.gap = gap
         self.model = model = member.model
         self.static = member.runner.slots is not None
         self.rows = 1 + rows
@@ -145,7 +188,9 @@ class _Trial:
     def reading(self, speculative: bool) -> Reading:
         """What the trials say."""
         device = device_of(self.model)
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        # Only dropout draws; elsewhere other threads may be drawing
+        with torch.no_grad(), torch.random.fork_rng(devices, enabled=self.model.training):
             try:
                 reading = self._reading(speculative)
             except _CannotRead as error:
@@ -164,11 +209,15 @@ class _Trial:
 
     def _reading(self, speculative: bool) -> Reading:
         if not speculative:
-            self.tolerance = max(self.tolerance, TOLERANCE)  # without a cache a model may round in other places
+            self.tolerance = max(self.tolerance, TOLERANCE_WITHOUT_CACHE)
             return Reading(self._fault(self._one_by_one, "one token after the other differently from the whole text"))
         self.model = _with_narrow_windows(self.model)
-        if self.rows > 1 and self._least(self._with_hidden_slots) <= self.tolerance:
-            return Reading(in_step=False)
+        if self.rows > 1 and not self._new(self._text(0)).in_step:
+            static, self.static = self.static, False  # there is room to move tokens apart in a cache that grows
+            undisturbed = self._least(self._with_hidden_slots) <= self.tolerance
+            self.static = static
+            if undisturbed and (not static or self._least(self._with_hidden_slots) <= self.tolerance):
+                return Reading(in_step=False)
         what = "several tokens at once, or after a roll-back, differently from one at a time"
         return Reading(self._fault(self._after_roll_back, what), in_step=True if self.rows > 1 else None)
 
@@ -206,15 +255,20 @@ class _Trial:
 
     def _one_by_one(self, text: torch.Tensor) -> Iterator[float]:
         """As the standard ensemble reads."""
-        whole = self._uncached(text)
+        try:
+            whole = self._uncached(text)
+        except Exception as error:
+            raise _CannotRead(_in_short(error)) from error
         member, _ = self._begin(text, self.prompt_length)
-        for end in range(self.prompt_length + 1, self.length):
+        for end in (self.prompt_length + 1, self.prompt_length + 2):
             yield _difference(member.score(text, self._all(end)), whole[:, [end - self.prompt_length]])
 
     def _after_roll_back(self, text: torch.Tensor) -> Iterator[float]:
         """Several tokens at once and then one, after others were forgotten, in all rows alike."""
         member, whole = self._begin(text)
         kept = self._all(self.prompt_length + 1)
+        if self.static:
+            whole = self._growing(text)
         if needs_snapshots(self.model):  # it has read the prompt by itself, for a state to go back to
             _, whole = self._begin(text, settled=self.length)
             yield from self._in_pieces(member, whole, text, kept)  # passes over one token may write to states in place
@@ -223,9 +277,9 @@ class _Trial:
     def _with_hidden_slots(self, text: torch.Tensor) -> Iterator[float]:
         """The same in rows that forget and read different numbers of tokens: hidden slots lie between visible ones."""
         member, whole = self._begin(text)
-        if member.in_step:
-            return iter([np.inf])
-        gap = 0 if member.windowed else max(FAR, _window(self.model))
+        if self.static:
+            whole = self._growing(text)
+        gap = 0 if member.windowed else self.gap
         return self._in_pieces(member, whole, text, self.prompt_length + np.array([2, 1]), gap)
 
     def _in_pieces(
@@ -250,17 +304,30 @@ class _Trial:
             text, self._all(self.length)
         )
 
-    def _begin(self, text: torch.Tensor, end: int | None = None, settled: int = 0) -> tuple[Member, torch.Tensor]:
-        """A member that has read the text up to `end`, and its logits `[rows, K, V]` behind the prompt."""
+    def _growing(self, text: torch.Tensor) -> torch.Tensor:
+        """The logits `[rows, K, V]` behind the prompt and every later token, with a cache that grows."""
+        self.static = False
+        try:
+            return self._begin(text)[1]
+        finally:
+            self.static = True
+
+    def _new(self, text: torch.Tensor) -> Member:
+        """A member that has read nothing."""
         prompt = text[:, : self.prompt_length]
         kwargs = dict(self.kwargs)
         if self.padded:
             name = "decoder_attention_mask" if self.model.config.is_encoder_decoder else "attention_mask"
             kwargs[name] = torch.ones_like(prompt)
             kwargs[name][1, 0] = 0
-        runner = StaticRunner(self.model, SLOTS) if self.static else Runner(self.model)
+        return member_of(
+            self.model, kwargs, prompt, StaticRunner(self.model, SLOTS) if self.static else Runner(self.model)
+        )
+
+    def _begin(self, text: torch.Tensor, end: int | None = None, settled: int = 0) -> tuple[Member, torch.Tensor]:
+        """A member that has read the text up to `end`, and its logits `[rows, K, V]` behind the prompt."""
         try:
-            member = member_of(self.model, kwargs, prompt, runner)
+            member = self._new(text)
             member.settled = self._all(settled)
             logits = member.score(text, self._all(end or self.length))
         except torch.OutOfMemoryError:
@@ -292,7 +359,8 @@ def _source(model: PreTrainedModel, kwargs: dict[str, Any], rows: int) -> dict[s
     encoded = kwargs.get("encoder_outputs")
     if not model.config.is_encoder_decoder or encoded is None:
         return {}
-    source = {"encoder_outputs": BaseModelOutput(last_hidden_state=_repeated(encoded[0], rows))}
+    source = {"encoder_outputs": copy.copy(encoded) if isinstance(encoded, ModelOutput) else BaseModelOutput()}
+    source["encoder_outputs"]["last_hidden_state"] = _repeated(encoded[0], rows)
     if kwargs.get("attention_mask") is not None:
         source["attention_mask"] = _repeated(kwargs["attention_mask"], rows)
     return source
@@ -313,7 +381,9 @@ def _tolerance(model: PreTrainedModel) -> float:
 def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Root mean square of the difference of logits `[..., V]` over their spread, where it is greatest."""
     got, wanted = got.double(), wanted.double()
-    known = got.isfinite() & wanted.isfinite()  # the padding of a vocabulary may be -inf
+    known = wanted.isfinite()  # the padding of a vocabulary may be -inf
+    if not torch.equal(known, got.isfinite()):
+        return np.inf
     apart = torch.where(known, got - wanted, 0.0).square().mean(-1).sqrt()
     spread = torch.where(known, wanted, 0.0).std(-1)
     return float((apart / spread.clamp(min=torch.finfo(torch.float64).tiny)).max())
@@ -326,7 +396,9 @@ def _with_narrow_windows(model: PreTrainedModel) -> PreTrainedModel:
     more places, and a `forward` that was replaced by a function would still be the model's.
     """
     elsewhere = any(getattr(model, name, None) for name in ("hf_quantizer", "hf_device_map", "_device_mesh"))
-    replaced = any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules())
+    modules = list(model.modules())
+    elsewhere = elsewhere or any(hasattr(module, "_hf_hook") for module in modules)
+    replaced = any(isinstance(vars(module).get("forward"), FunctionType) for module in modules)
     if elsewhere or replaced or not any(_numbers_in(model.config, *NARROWED)):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -341,10 +413,27 @@ def _with_narrow_windows(model: PreTrainedModel) -> PreTrainedModel:
     return narrow
 
 
-def _window(model: PreTrainedModel) -> int:
-    """The widest window that the model's config speaks of, within bounds; 0 if none."""
+def _gap(model: PreTrainedModel, longest: int | None) -> int:
+    """So many slots that the widest window that the config speaks of does not reach over them, if texts can."""
     config = model.config.get_text_config(decoder=True)
-    return max((n for n in _numbers_in(config, "window", "window_size", "chunk_size") if n <= FARTHEST), default=0)
+    reach = min(FARTHEST, longest or FARTHEST)
+    return max((n for n in _numbers_in(config, "window", "window_size", "chunk_size") if n < reach), default=FAR)
+
+
+def _rope(model: PreTrainedModel) -> tuple[str | None, int]:
+    """The kind of rotary embeddings that change with the text's length, if any, and beyond how many tokens."""
+    config = model.config.get_text_config(decoder=True)
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        kind = one.get("rope_type", one.get("type"))
+        if kind in (DYNAMIC, LONG):
+            limit = getattr(config, "max_position_embeddings", 0)
+            if kind == LONG:
+                limit = one.get("original_max_position_embeddings") or getattr(
+                    config, "original_max_position_embeddings", limit
+                )
+            return kind, limit
+    return None, 0
 
 
 def _numbers_in(config: PretrainedConfig, *endings: str) -> Iterator[int]:

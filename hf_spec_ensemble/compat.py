@@ -1,8 +1,9 @@
-"""What the package needs of transformers beyond its documented interface, checked once, before anything else."""
+"""What the package needs of transformers beyond its documented interface: checked at import, and what differs between
+versions under one name."""
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
@@ -60,13 +61,17 @@ HOOKS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _cache_name_in(function: Callable) -> str | None:
-    parameters = inspect.signature(function).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
-
-
 # What outputs of `generate()` call the cache.
-OUTPUT_CACHE = _cache_name_in(GenerateDecoderOnlyOutput)
+OUTPUT_CACHE = next(
+    (name for name in CACHE_NAMES if name in inspect.signature(GenerateDecoderOnlyOutput).parameters), None
+)
+
+
+def forward_parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """Of the model's `forward`, also inside what PEFT or `torch.compile` made of it."""
+    module = getattr(model, "_orig_mod", model)
+    module = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return inspect.signature(module.forward).parameters
 
 
 def cache_names(model: PreTrainedModel) -> tuple[str | None, str | None]:
@@ -74,8 +79,7 @@ def cache_names(model: PreTrainedModel) -> tuple[str | None, str | None]:
     What `generate()` calls the model's cache when it prepares inputs, and what the model's `forward` calls it: `None`
     if that takes none, or by a name of its own.
     """
-    module = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps
-    forward = _cache_name_in(module.forward)
+    forward = next((name for name in CACHE_NAMES if name in forward_parameters(model)), None)
     # Up to 5.23 Mamba is told apart everywhere; some models' own preparation takes a cache among `**kwargs`
     prepares = "cache_params" if forward == "cache_params" else OUTPUT_CACHE
     return prepares, forward

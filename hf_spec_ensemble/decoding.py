@@ -174,7 +174,7 @@ def _speculative(
     for author in authors:
         _check_roll_back(author)
     if config.check_members:
-        check_reading(authors, input_ids, speculative=True, ranks=ranks)
+        check_reading(authors, input_ids, speculative=True, ranks=ranks, longest=max_length)
     members = authors[: roles.members]
     vocabulary = shared_vocabulary([member.model for member in members])
     for author in authors[roles.members :]:

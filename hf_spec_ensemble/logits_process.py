@@ -192,7 +192,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
         ]
         if self.distribution.config.check_members:
-            check_reading(members, input_ids, speculative=False, ranks=self.ranks)
+            check_reading(members, input_ids, False, self.ranks, longest=self.running.max_length)
         return members
 
     def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:

@@ -1,6 +1,5 @@
 """Member: one model and its KV cache. Scores tokens, forgets them, knows nothing of the other members."""
 
-import inspect
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +20,7 @@ from .cache import (
     remove_last,
     tokens_held,
 )
-from .compat import CACHE_NAMES, cache_names, given_cache, without_cache
+from .compat import CACHE_NAMES, cache_names, forward_parameters, given_cache, without_cache
 from .padded import columns, window
 from .placement import device_of
 from .runner import Runner
@@ -195,7 +194,7 @@ class Member:
             is_first_iteration=first_pass,
             **{self._prepared_cache_name: self.cache},
         )
-        if self._cache_name != self._prepared_cache_name and self._cache_name is not None:
+        if inputs.get(self._cache_name) is not self.cache:  # by another name, or dropped for long texts (Phi-3)
             inputs = {**without_cache(inputs), self._cache_name: self.cache}
         keep = width - (self.prompt_length - 1 - held if first_pass else 0)
         if self._takes_logits_to_keep:
@@ -245,8 +244,7 @@ class Member:
 
     def _takes(self, argument: str) -> bool:
         """Whether the model's `forward` does."""
-        module = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # PEFT wraps
-        return argument in inspect.signature(module.forward).parameters
+        return argument in forward_parameters(self.model)
 
     def _positions(self, index: np.ndarray) -> torch.Tensor | None:
         """The position ids of tokens `index` `[B, K]`: the prompt's as given, then one after the other."""

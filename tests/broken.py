@@ -70,7 +70,23 @@ def windows_count_slots(model, forward, inputs):
     return forward(**inputs | {"attention_mask": mask})
 
 
-ALWAYS = [ignores_its_cache, counts_what_it_forgot, drops_a_token, keeps_a_state]  # for single rows as well
+def forbids_tokens(model, forward, inputs):
+    """It gives some tokens no chance where it reads several behind others."""
+    begins = held(inputs) == 0
+    out = forward(**inputs)
+    if not begins and inputs["input_ids"].shape[1] > 1:
+        out.logits = out.logits.clone()
+        out.logits[..., 3:25] = -torch.inf
+    return out
+
+
+ALWAYS = [
+    ignores_its_cache,
+    counts_what_it_forgot,
+    drops_a_token,
+    keeps_a_state,
+    forbids_tokens,
+]  # for single rows as well
 WITH_HIDDEN_SLOTS = [sees_hidden_slots, positions_from_slots, windows_count_slots]
 
 

@@ -1,11 +1,14 @@
 """Models that read in a wrong way are found before the first token, and those that read well are not suspected."""
 
 import copy
+import threading
 
 import broken
+import oracle
 import pytest
 import torch
-from families import FAMILIES, IN_FLOAT32, MORE_FAMILIES, NEWER, members, prompts, tiny
+from families import FAMILIES, IN_FLOAT32, MORE_FAMILIES, NEWER, SPECIAL, alike, members, prompts, tiny
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import hf_spec_ensemble as se
 from hf_spec_ensemble.check import reading_of
@@ -43,7 +46,7 @@ def pair(way, where=1):
 @pytest.mark.parametrize("way", broken.ALWAYS)
 def test_a_model_that_reads_in_a_wrong_way_is_refused(way, batch, where):
     models, tokens = pair(way, where), []
-    with pytest.raises(ValueError, match=r"A LlamaForCausalLM cannot be a member here: it reads .* differently"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be a member here: it reads .* differently"):
         models[0].generate(
             **prompts(batch), assistant_model=models[1:], ensemble_config=se.EnsembleConfig(), max_new_tokens=9,
             stopping_criteria=[lambda ids, scores: tokens.append(ids) or torch.zeros(len(ids), dtype=torch.bool)],
@@ -92,17 +95,102 @@ def test_no_false_alarms(family, dtype):
 
 
 def test_it_disturbs_nothing():
+    """Neither the random state, where dropout draws, nor what is counted and recorded."""
     models = copy.deepcopy(members("llama", 2))
-    torch.manual_seed(1)
     before = torch.get_rng_state()
+    for dropout in (False, True):
+        for model in models:
+            for layer in model.model.layers:
+                layer.self_attn.attention_dropout = 0.5 * dropout
+            model.train(dropout)
+            reading = reading_of(fresh(model), speculative=True, rows=True)
+            assert (reading.unknown is not None) == dropout
+        assert torch.equal(before, torch.get_rng_state())
     for model in models:
-        reading_of(fresh(model), speculative=True, rows=True)
-    assert torch.equal(before, torch.get_rng_state())
+        model.eval()
     config = se.EnsembleConfig(num_assistant_tokens=1, trace=True)
     out = models[0].generate(
         **prompts(1), assistant_model=models[1:], ensemble_config=config, max_new_tokens=4, return_dict_in_generate=True
     )
     assert sum(out.stats.forward_passes) == len(out.trace.passes) <= 8
+
+
+def test_other_threads_may_draw_meanwhile():
+    drawn, done = [], threading.Event()
+
+    def draw():
+        while not done.is_set():
+            drawn.append(float(torch.rand((), dtype=torch.float64)))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(5):
+            reading_of(fresh(copy.deepcopy(tiny("gemma3"))), speculative=True)
+    finally:
+        done.set()
+        thread.join()
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_what_is_not_known_is_tried_again():
+    model = copy.deepcopy(tiny("llama")).train()
+    broken.broken(model, broken.counts_what_it_forgot)
+    assert reading_of(fresh(model), speculative=True).unknown is not None
+    assert reading_of(fresh(model.eval()), speculative=True).fault is not None
+    del model.forward
+    assert reading_of(fresh(model), speculative=True).fault is None
+
+
+PHI = dict(num_key_value_heads=2, original_max_position_embeddings=12, max_position_embeddings=128)
+DYNAMIC = dict(rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=1e4), max_position_embeddings=12)
+LONG = dict(
+    PHI, rope_parameters=dict(
+        rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4, rope_theta=1e4,
+        original_max_position_embeddings=12,
+    ),
+)  # fmt: skip
+
+
+def phi(config_class=Phi3Config, model_class=Phi3ForCausalLM, **settings):
+    size = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_hidden_layers=2)
+    return alike(lambda: model_class(config_class(**size, initializer_range=0.3, **SPECIAL, **settings)), 2, 0.8)
+
+
+@pytest.mark.parametrize("length", [7, 12, 13, 20])
+@pytest.mark.parametrize("speculative", [True, False])
+def test_prompts_longer_than_the_original_context(length, speculative):
+    """Phi-3 drops the cache that it is given for these."""
+    models = phi(**PHI)
+    ids = torch.randint(3, 50, (1, length), generator=torch.Generator().manual_seed(length))
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    text, _ = oracle.greedy(models, inputs, "weighted", 12, eos=())
+    config = oracle.config_of("weighted", 2, speculative=speculative, num_assistant_tokens=[3, 2])
+    out = models[0].generate(
+        **inputs, assistant_model=models[1:], ensemble_config=config, max_new_tokens=12, eos_token_id=None,
+        do_sample=False,
+    )  # fmt: skip
+    assert out.tolist() == text.tolist()
+
+
+@pytest.mark.parametrize("kind, speculative", [("dynamic", True), ("longrope", True), ("longrope", False)])
+def test_embeddings_that_change_with_the_length_are_refused(kind, speculative):
+    dynamic = dict(config_class=LlamaConfig, model_class=LlamaForCausalLM, **DYNAMIC)
+    models = phi(**(dynamic if kind == "dynamic" else LONG))
+    config = se.EnsembleConfig(speculative=speculative)
+    call = dict(assistant_model=models[1:], ensemble_config=config, do_sample=False)
+    with pytest.raises(ValueError, match=rf"{kind}.*longer than 12 tokens, and this one may have 27"):
+        models[0].generate(**prompts(1), **call, max_new_tokens=20)
+    assert models[0].generate(**prompts(1), **call, max_new_tokens=5).shape[1] <= 12
+
+
+def test_a_compiled_module_keeps_its_cache(caplog):
+    one, two = members("llama", 2)
+    call = dict(ensemble_config=se.EnsembleConfig(), max_new_tokens=6, do_sample=False)
+    expected = one.generate(**prompts(1), assistant_model=two, **call)
+    compiled = torch.compile(copy.deepcopy(two), backend="eager")
+    assert torch.equal(one.generate(**prompts(1), assistant_model=compiled, **call), expected)
+    assert "whole text" not in caplog.text
 
 
 def test_a_model_is_checked_once(monkeypatch):

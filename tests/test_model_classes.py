@@ -100,4 +100,4 @@ def test_padding_that_a_model_minds_is_warned_of(caplog):
     one.generate(ids[:1], attention_mask=mask[:1], **call)
     assert "left-padded" not in caplog.text
     one.generate(ids, attention_mask=mask, **call)
-    assert "WhisperForCausalLM reads left-padded rows differently" in caplog.text
+    assert "WhisperForCausalLM gives other logits for left-padded rows" in caplog.text
