@@ -15,8 +15,8 @@ from families import PAD, SPECIAL, VOCAB, prompts, tiny
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble.adapters import base_of, lock_of
-from hf_spec_ensemble.estimates import PassCosts, pass_costs, remembered
+from hf_spec_ensemble.members.adapters import base_of, lock_of
+from hf_spec_ensemble.members.costs import PassCosts, pass_costs, remembered
 
 
 peft = pytest.importorskip("peft")

@@ -9,8 +9,8 @@ from transformers import CompileConfig
 
 from hf_spec_ensemble.bench import Plan, Settings, measure
 from hf_spec_ensemble.bench.__main__ import main, parser, settings_of
-from hf_spec_ensemble.runner import Graphs
-from hf_spec_ensemble.warmup import warmup
+from hf_spec_ensemble.members.runner import Graphs
+from hf_spec_ensemble.members.warmup import warmup
 
 
 @pytest.fixture

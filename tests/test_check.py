@@ -8,9 +8,9 @@ import torch
 from families import FAMILIES, IN_FLOAT32, MORE_FAMILIES, NEWER, members, prompts, tiny
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble.check import reading_of
-from hf_spec_ensemble.runner import Runner, StaticRunner
-from hf_spec_ensemble.uncached import member_of
+from hf_spec_ensemble.members.check import reading_of
+from hf_spec_ensemble.members.runner import Runner, StaticRunner
+from hf_spec_ensemble.members.uncached import member_of
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

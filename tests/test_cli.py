@@ -7,9 +7,9 @@ from importlib.metadata import entry_points
 import pytest
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble import cli
-from hf_spec_ensemble.arguments import encode
 from hf_spec_ensemble.demo import FAMILY
+from hf_spec_ensemble.tools import cli
+from hf_spec_ensemble.tools.arguments import encode
 
 
 QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils has he?"

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.combine import combine, exclude_implausible, weighted_sum, works_on_probs
-from hf_spec_ensemble.distribution import EnsembleDistribution
-from hf_spec_ensemble.processing import PositionwiseProcessor
+from hf_spec_ensemble.ensemble.combine import combine, exclude_implausible, weighted_sum, works_on_probs
+from hf_spec_ensemble.ensemble.distribution import EnsembleDistribution
+from hf_spec_ensemble.ensemble.processing import PositionwiseProcessor
 
 
 INF = torch.inf

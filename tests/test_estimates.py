@@ -7,8 +7,10 @@ import weakref
 import torch
 from families import prompts, tiny
 
-from hf_spec_ensemble import EnsembleConfig, estimates
-from hf_spec_ensemble.estimates import Acceptance, remembered
+from hf_spec_ensemble import EnsembleConfig
+from hf_spec_ensemble.members import costs as estimates
+from hf_spec_ensemble.members.costs import remembered
+from hf_spec_ensemble.schedule.acceptance import Acceptance
 
 
 class Something:

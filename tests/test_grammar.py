@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.grammar import GrammarMask
+from hf_spec_ensemble.ensemble.grammar import GrammarMask
 
 
 xgrammar = pytest.importorskip("xgrammar")

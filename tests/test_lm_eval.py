@@ -16,7 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from hf_spec_ensemble.harness import SpecEnsembleLM, main
+from hf_spec_ensemble.tools.harness import SpecEnsembleLM, main
 
 
 ROWS = [

@@ -8,8 +8,8 @@ import torch
 from families import FAMILIES, PAD, VOCAB, prompts, tiny
 from transformers import DynamicCache, StaticCache
 
-from hf_spec_ensemble.cache import can_roll_back, empty_cache
-from hf_spec_ensemble.member import Member
+from hf_spec_ensemble.members.cache import can_roll_back, empty_cache
+from hf_spec_ensemble.members.member import Member
 
 
 @torch.no_grad()

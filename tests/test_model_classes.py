@@ -7,8 +7,8 @@ from sweep import CRASH, EQUAL, REFUSED, WRONG, sweep
 from sweep_models import WINDOW, build, entries
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble.check import reading_of
-from hf_spec_ensemble.uncached import UncachedMember, member_of
+from hf_spec_ensemble.members.check import reading_of
+from hf_spec_ensemble.members.uncached import UncachedMember, member_of
 
 
 ENTRIES = {entry.name: entry for entry in entries()}

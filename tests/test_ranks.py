@@ -13,7 +13,7 @@ import torch
 from families import members, prompts
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble import ranks
+from hf_spec_ensemble.members import ranks
 
 
 PROGRAM = tensor_parallel.__file__

@@ -11,12 +11,13 @@ from simulation import simulate
 from test_sampling import p_value, small_members
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.auto import Auto, Memory
-from hf_spec_ensemble.candidates import EnsembleCandidateGenerator
-from hf_spec_ensemble.drawing import Maximal
-from hf_spec_ensemble.estimates import Acceptance, PassCosts, pass_costs
-from hf_spec_ensemble.schedule import Situation, Turns
-from hf_spec_ensemble.theory import best_turns, predict
+from hf_spec_ensemble.decoding.candidates import EnsembleCandidateGenerator
+from hf_spec_ensemble.decoding.drawing import Maximal
+from hf_spec_ensemble.members.costs import PassCosts, pass_costs
+from hf_spec_ensemble.schedule.acceptance import Acceptance
+from hf_spec_ensemble.schedule.auto import Auto, Memory
+from hf_spec_ensemble.schedule.theory import best_turns, predict
+from hf_spec_ensemble.schedule.turns import Situation, Turns
 
 
 def always(value):

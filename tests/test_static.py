@@ -14,9 +14,9 @@ from transformers import CompileConfig, LogitsProcessor, StaticCache
 from transformers.cache_utils import StaticLayer
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble.estimates import PassCosts, pass_costs
-from hf_spec_ensemble.member import COMPACT_AT
-from hf_spec_ensemble.runner import SETTLED, WIDTHS, CompiledRunner
+from hf_spec_ensemble.members.costs import PassCosts, pass_costs
+from hf_spec_ensemble.members.member import COMPACT_AT
+from hf_spec_ensemble.members.runner import SETTLED, WIDTHS, CompiledRunner
 
 
 REFUSED = {"falcon_alibi": "ALiBi", "lfm2": "takes back rejected tokens"}

@@ -10,10 +10,10 @@ import torch
 from families import EOS, members, prompts, tokenizer
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble import candidates
+from hf_spec_ensemble.decoding import candidates
+from hf_spec_ensemble.decoding.verify import exponential_noise, shared_noise_acceptance
 from hf_spec_ensemble.trace import DraftTrace, PassTrace, TokenTrace, Trace
 from hf_spec_ensemble.trace.text import pieces
-from hf_spec_ensemble.verify import exponential_noise, shared_noise_acceptance
 
 
 def traced(models, inputs, name="weighted", seed=0, trace=True, drafter=None, eos=EOS, length=24, **config):

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_spec_ensemble.combine import mixture
-from hf_spec_ensemble.verify import (
+from hf_spec_ensemble.decoding.verify import (
     acceptance_probs,
     draw,
     exponential_noise,
@@ -16,6 +15,7 @@ from hf_spec_ensemble.verify import (
     verify_match,
     verify_maximal,
 )
+from hf_spec_ensemble.ensemble.combine import mixture
 
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 8), st.integers(0, 10_000))

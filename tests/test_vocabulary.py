@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble import cli, validate, vocabulary
 from hf_spec_ensemble.bench.__main__ import main as bench
+from hf_spec_ensemble.decoding import validate, vocabulary
 from hf_spec_ensemble.demo import FAMILY
 from hf_spec_ensemble.hub import Ensemble
+from hf_spec_ensemble.tools import cli
 
 
 READER = FAMILY / "reader"
@@ -117,7 +118,7 @@ def test_everything_that_loads_refuses_them_before_a_weight_is_read(other, tmp_p
 
 def test_the_harness_refuses_them(other):
     pytest.importorskip("lm_eval")
-    from hf_spec_ensemble.harness import SpecEnsembleLM
+    from hf_spec_ensemble.tools.harness import SpecEnsembleLM
 
     with pytest.raises(ValueError, match="token 700"):
         SpecEnsembleLM(members=["reader", str(other)], device="cpu")
