@@ -5,7 +5,7 @@ import hf_spec_ensemble as se
 model.generate(**inputs, assistant_model=other, ensemble_config=se.EnsembleConfig(weights=[0.5, 0.5]))
 """
 
-from . import compat
+from . import compat  # noqa: F401  says what is wrong with the version of transformers before anything fails on it
 from .config import EnsembleConfig
 from .decoding.logits_process import EnsembleLogitsProcessor
 from .decoding.method import ensemble_decoding

@@ -194,9 +194,9 @@ def _stage(stage, models, fuse, monkeypatch):
 
         arguments = dict(ensemble_config=se.EnsembleConfig(method=failing, combine_on="probs", num_assistant_tokens=3))
     elif stage == "proposing":
-        propose = se.distribution.EnsembleDistribution.proposal
+        propose = se.ensemble.distribution.EnsembleDistribution.proposal
         monkeypatch.setattr(
-            se.distribution.EnsembleDistribution, "proposal", lambda *args: (fuse.burn(), propose(*args))[1]
+            se.ensemble.distribution.EnsembleDistribution, "proposal", lambda *args: (fuse.burn(), propose(*args))[1]
         )
     elif stage == "processor":
         arguments = dict(logits_processor=[Processor(fuse)])

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..members.ranks import Ranks
@@ -83,6 +83,10 @@ class EnsembleEncoderDecoderOutput(GenerateEncoderDecoderOutput):
     def __init__(self, *args, stats: EnsembleStats | None = None, trace: Trace | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.stats, self.trace = stats, trace
+
+
+def output_class(model: PreTrainedModel) -> type:
+    return EnsembleEncoderDecoderOutput if model.config.is_encoder_decoder else EnsembleDecoderOnlyOutput
 
 
 def pads_finished_rows(stopping_criteria: StoppingCriteriaList) -> bool:

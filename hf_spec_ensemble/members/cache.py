@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from ..compat import own_cache
+from ..compat import given_cache, own_cache, without_cache
 from .snapshots import needs_snapshots
 
 
@@ -62,6 +63,18 @@ def tokens_held(cache: Cache) -> int:
     return max(
         (int(layer.get_seq_length()) for layer in decoder_layers(cache) if hasattr(layer, "get_seq_length")), default=0
     )
+
+
+def without_fresh_static_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    `generate()` makes static caches for texts that are read token by token, with no room for the padding of passes and
+    with sliding windows that cannot go back. Nothing is lost with one: it has no memory yet.
+    """
+    cache = given_cache(kwargs)
+    fresh = isinstance(decoder_cache(cache), StaticCache) and not tokens_held(cache)
+    if not fresh or getattr(cache, "_is_user_defined", False):
+        return kwargs
+    return without_cache(kwargs)
 
 
 def holds_keys(layer: CacheLayerMixin) -> bool:

@@ -1,4 +1,4 @@
-"""What the members' passes have cost so far, in seconds. Kept for the process, in memory, as long as the models live; any
+"""What models' passes have cost so far, in seconds. Kept for the process, in memory, as long as the models live; any
 number of threads may add and read."""
 
 from collections.abc import Callable, Hashable, Sequence

@@ -1,2 +1,2 @@
-"""The command line and the evaluation harness, and what programs share. Only calls what the package offers: nothing below
-imports anything from here."""
+"""The command line, the evaluation harness, and what programs share.
+Never used by anything below: it only calls what the package offers."""

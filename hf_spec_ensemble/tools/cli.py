@@ -25,7 +25,9 @@ from transformers.utils import logging
 
 from ..config import CONFIG_NAME, EnsembleConfig
 from ..decoding.drafter import PROMPT_LOOKUP
-from ..hub import FILES, Ensemble, MemberReference, load_ensemble, read_ensemble, save_ensemble
+from ..hub import Ensemble, MemberReference, load_ensemble, save_ensemble
+from ..hub.folders import FILES
+from ..hub.references import read_ensemble
 from ..members.adapters import is_model
 from ..trace.html import page_of
 from .arguments import add_config_arguments, check_device, config_of, encode, locate

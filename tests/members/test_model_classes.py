@@ -79,7 +79,7 @@ def test_sources_longer_than_the_decoders_window(speculative, batch):
 def test_a_state_that_is_written_to_in_place_is_found(monkeypatch):
     """Copies of states that share their memory would be overwritten."""
     model = build(ENTRIES["kimi_linear"], 0, torch.float64)
-    monkeypatch.setattr("hf_spec_ensemble.snapshots._copied", dict)
+    monkeypatch.setattr("hf_spec_ensemble.members.snapshots._copied", dict)
     reading = reading_of(member_of(model, {}, torch.zeros(1, 7, dtype=torch.long)), speculative=True)
     assert "after a roll-back, differently" in reading.fault
 

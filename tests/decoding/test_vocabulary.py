@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 import hf_spec_ensemble as se
+from hf_spec_ensemble import notices
 from hf_spec_ensemble.bench.__main__ import main as bench
-from hf_spec_ensemble.decoding import validate, vocabulary
+from hf_spec_ensemble.decoding import vocabulary
 from hf_spec_ensemble.demo import FAMILY
 from hf_spec_ensemble.hub import Ensemble
 from hf_spec_ensemble.tools import cli
@@ -25,7 +26,7 @@ IDS = torch.tensor([[5, 6, 7]])
 
 @pytest.fixture(autouse=True)
 def fresh():
-    validate.warn_once.cache_clear()
+    notices.warn_once.cache_clear()
     verbosity = transformers_logging.get_verbosity()
     yield
     transformers_logging.set_verbosity(verbosity)  # which the programs set
@@ -175,7 +176,7 @@ def test_a_broken_tokenizer_file_is_no_error(tmp_path, caplog):
         shutil.copytree(FAMILY / "solver", folder)
         (folder / "tokenizer.json").write_text(text)
         model, assistant = load(READER, folder)
-        validate.warn_once.cache_clear()
+        notices.warn_once.cache_clear()
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="hf_spec_ensemble"):
             model.generate(IDS, assistant_model=assistant, ensemble_config=se.EnsembleConfig(), max_new_tokens=2)

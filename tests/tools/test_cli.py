@@ -76,7 +76,7 @@ def test_errors_are_one_line(capsys, words, message):
 
 
 def test_other_commands_go_to_their_programs(capsys, monkeypatch):
-    for command, module in (("bench", "bench.__main__"), ("eval", "harness")):
+    for command, module in (("bench", "bench.__main__"), ("eval", "tools.harness")):
         given = []
         monkeypatch.setattr(f"hf_spec_ensemble.{module}.main", given.append)
         cli.main([command, "--members", "x"])

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.bench import Plan, Records, Settings, measure, report, sandbox, seccomp, tasks
+from hf_spec_ensemble.bench import Plan, Records, Settings, measure, sandbox, seccomp, summary, tasks
 from hf_spec_ensemble.bench import plan as planning
 from hf_spec_ensemble.bench.__main__ import main
 from hf_spec_ensemble.bench.sandbox import runs
@@ -329,8 +329,8 @@ def test_prefixes_go_in_front_of_ensembles():
             assert variant == replace(plain, name=prefix + name, prefix=prefix)
             assert kind_of(variant.name) == kind_of(name) and repeats_standard(variant.name)
     assert not repeats_standard("standard") and not repeats_standard("member:0")
-    assert report.label("compiled:drafter:some/folder", ["a", "b"]) == "compiled:drafter:folder"
-    assert report.label("compiled:fixed:1", ["a", "b"]) == "compiled:fixed:1"
+    assert summary.label("compiled:drafter:some/folder", ["a", "b"]) == "compiled:drafter:folder"
+    assert summary.label("compiled:fixed:1", ["a", "b"]) == "compiled:fixed:1"
 
 
 @pytest.mark.parametrize("name", ["members", "assisted:3", "ensemble-weight:3", "static:standard", "", "faster"])
@@ -358,11 +358,11 @@ def test_assisted_generation_gets_its_length_for_a_while():
 
 
 def test_the_bootstrap_interval():
-    assert report.interval([2.0]) == report.Interval(2.0, 2.0, 2.0)
+    assert summary.interval([2.0]) == summary.Interval(2.0, 2.0, 2.0)
     # Of 0, ..., 10 a resample's median is at most k with the probability that Binomial(11, (k + 1) / 11) is at least 6:
     # 0.005 for k = 1 and 0.036 for k = 2, so that the 2.5 % quantile is 2, and by symmetry the other one 8
-    assert report.interval(range(11)) == report.Interval(5.0, 2.0, 8.0)
-    assert report.interval([1, 2, 9]) == report.interval([1, 2, 9])
+    assert summary.interval(range(11)) == summary.Interval(5.0, 2.0, 8.0)
+    assert summary.interval([1, 2, 9]) == summary.interval([1, 2, 9])
 
 
 def test_ratios_are_of_pairs_and_medians_of_repeats(tmp_path):
@@ -379,7 +379,7 @@ def test_ratios_are_of_pairs_and_medians_of_repeats(tmp_path):
                 # The variant's texts are half as long, so that its times for a token are twice as much
                 own = dict(variant=variant, group=group, repeat=repeat, seconds=time)
                 records.add(base | own | dict(new_tokens=20 if variant == "standard" else 10))
-    standard, auto = report.summarise(records)
+    standard, auto = summary.summarise(records)
     assert standard.speedup.median == 1 and standard.overhead is None
     assert auto.speedup.median == pytest.approx((2.0 + 1.5) / 2)
     assert auto.overhead == pytest.approx(0.25) and auto.passes == [1, 1] and auto.score == 1

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_spec_ensemble as se
 from hf_spec_ensemble import hub
 from hf_spec_ensemble.demo import FAMILY
+from hf_spec_ensemble.hub import card as cards
+from hf_spec_ensemble.hub import references
 
 
 MEMBERS = [FAMILY / "reader", FAMILY / "solver"]
@@ -167,11 +169,13 @@ def test_names_are_escaped_in_the_card_and_its_examples(tmp_path, name):
     assert {str(folder), name} <= given
     rows = [line for line in card.splitlines() if line.startswith("| l_")]
     assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
-    assert [line for line in card.splitlines() if line.startswith("# ")] == [f"# {hub._markdown(name.split('/')[-1])}"]
-    assert not re.search(r"(?<!\\)[<`]", rows[0]) and ModelCard(card).data.license == hub._text(name)
+    assert [line for line in card.splitlines() if line.startswith("# ")] == [
+        f"# {cards._markdown(name.split('/')[-1])}"
+    ]
+    assert not re.search(r"(?<!\\)[<`]", rows[0]) and ModelCard(card).data.license == cards._text(name)
     entry = runpy.run_path(str(saved / "custom_generate" / "generate.py"))["ENSEMBLE"]
     assert entry["members"][0]["name"] == str(folder) and entry["members"][0]["revision"] == name
-    assert hub.read_ensemble(saved / "ensemble_config.json")[1][0] == members[0]
+    assert references.read_ensemble(saved / "ensemble_config.json")[1][0] == members[0]
 
 
 # --- transformers alone, and the card's examples --------------------------------------------------------------------
@@ -190,7 +194,8 @@ call = dict(custom_generate=folder, trust_remote_code=True, max_new_tokens=24)
 print(repr(tokenizer.decode(model.generate(**inputs, **call, do_sample=False)[0])))
 
 from hf_spec_ensemble import hub
-loaded = hub._loaded_once.cache_info().misses
+from hf_spec_ensemble.hub import folders
+loaded = folders._loaded_once.cache_info().misses
 class Streamer:
     tokens = 0
     def put(self, ids):
@@ -200,7 +205,7 @@ class Streamer:
 streamer = Streamer()
 out = model.generate(**inputs, **call, do_sample=False, streamer=streamer, return_dict_in_generate=True)
 assert streamer.tokens == out.sequences.shape[1] and sum(out.stats.forward_passes) < 48
-assert hub._loaded_once.cache_info().misses == loaded == 1
+assert folders._loaded_once.cache_info().misses == loaded == 1
 stopped = model.generate(**inputs, **call, do_sample=False, stop_strings=["10"], tokenizer=tokenizer)
 print(repr(tokenizer.decode(stopped[0])))
 samples = []

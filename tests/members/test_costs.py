@@ -8,7 +8,7 @@ import torch
 from families import prompts, tiny
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.members import costs as estimates
+from hf_spec_ensemble.members import costs
 from hf_spec_ensemble.members.costs import remembered
 from hf_spec_ensemble.schedule.acceptance import Acceptance
 
@@ -62,8 +62,8 @@ def test_calls_keep_no_assistant_alive():
             **inputs, assistant_model=assistant, ensemble_config=EnsembleConfig(), max_new_tokens=4, **draw
         )  # fmt: skip
         gone = weakref.ref(assistant)
-        assert len(estimates._memory.longer[main].longer) == 1
+        assert len(costs._memory.longer[main].longer) == 1
         del assistant
         gc.collect()
         assert gone() is None
-        assert len(estimates._memory.longer[main].longer) == 0
+        assert len(costs._memory.longer[main].longer) == 0
