@@ -36,7 +36,7 @@ def main() -> None:
         print(f"hf-spec-ensemble {words[0]}: no such folder: {missing!r}", file=sys.stderr)
         sys.exit(2)
 
-    from hf_spec_ensemble.cli import main as command
+    from hf_spec_ensemble.tools.cli import main as command
 
     command(words)
 

@@ -6,18 +6,18 @@ model.generate(**inputs, assistant_model=other, ensemble_config=se.EnsembleConfi
 """
 
 from . import compat  # noqa: F401  says what is wrong with the version of transformers before anything fails on it
-from .adapters import with_adapter
 from .config import EnsembleConfig
-from .decoding import ensemble_decoding
+from .decoding.logits_process import EnsembleLogitsProcessor
+from .decoding.method import ensemble_decoding
+from .decoding.output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOutput, EnsembleStats
 from .hub import Ensemble, MemberReference, ensemble_card, load_ensemble, push_ensemble, save_ensemble
 from .integration import disable, enable
-from .logits_process import EnsembleLogitsProcessor
-from .output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOutput, EnsembleStats
+from .members.adapters import with_adapter
+from .members.warmup import warmup
 from .trace import Trace
-from .warmup import warmup
+from .version import __version__ as __version__
 
 
-__version__ = "0.1.0"
 __all__ = [
     "Ensemble",
     "EnsembleConfig",

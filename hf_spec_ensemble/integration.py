@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
-from .adapters import all_locks_of
-from .decoding import ensemble_decoding
-from .validate import assistant_list, check_inputs, check_members, is_model
+from .decoding.method import ensemble_decoding
+from .decoding.validate import assistant_list, check_inputs, check_members
+from .members.adapters import all_locks_of, is_model
 
 
 _original = None  # GenerationMixin.generate while the integration is enabled

@@ -1,8 +1,11 @@
 import peft
+import pytest
 import torch
 from hypothesis import settings
 from packaging.version import Version
 from transformers.integrations import peft as transformers_peft
+
+from hf_spec_ensemble.notices import warn_once
 
 
 torch.set_num_threads(1)  # tiny models, and a process for each core
@@ -14,3 +17,8 @@ settings.load_profile("fixed")
 # of the tests do with the one before
 if Version(peft.__version__) < Version(transformers_peft.MIN_PEFT_VERSION):
     transformers_peft.MIN_PEFT_VERSION = peft.__version__
+
+
+@pytest.fixture(autouse=True)
+def _every_test_is_warned_anew():
+    warn_once.cache_clear()

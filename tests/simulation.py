@@ -5,7 +5,7 @@ It follows the rules of the engine with its own bookkeeping, to test the theory 
 import random
 from collections.abc import Callable
 
-from hf_spec_ensemble.schedule import Schedule, Situation
+from hf_spec_ensemble.schedule.turns import Schedule, Situation
 
 
 def simulate(

@@ -12,11 +12,11 @@ from test_encoder_decoder import members as encoder_decoders
 from transformers import DynamicCache
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble import cli
 from hf_spec_ensemble.bench import Records
 from hf_spec_ensemble.bench.__main__ import main as bench
 from hf_spec_ensemble.demo import FAMILY
 from hf_spec_ensemble.hub import Ensemble
+from hf_spec_ensemble.tools import cli
 
 
 MEMBERS = [{"name": str(FAMILY / "reader")}, {"name": str(FAMILY / "solver")}]
@@ -174,7 +174,7 @@ def test_an_empty_prompt(tmp_path, capsys):
 
 def test_the_harness_is_given_an_empty_prompt():
     pytest.importorskip("lm_eval")
-    from hf_spec_ensemble.harness import SpecEnsembleLM
+    from hf_spec_ensemble.tools.harness import SpecEnsembleLM
 
     lm = SpecEnsembleLM(members="reader+solver", device="cpu")
     with pytest.raises(ValueError, match="empty"):

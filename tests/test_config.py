@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.roles import Roles
+from hf_spec_ensemble.schedule.roles import Roles
 
 
 @pytest.mark.parametrize(

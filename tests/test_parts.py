@@ -16,9 +16,9 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from hf_spec_ensemble.padded import Ragged, columns, pick, window
-from hf_spec_ensemble.processing import PositionwiseProcessor
-from hf_spec_ensemble.schedule import Situation, Turns
+from hf_spec_ensemble.ensemble.padded import Ragged, columns, pick, window
+from hf_spec_ensemble.ensemble.processing import PositionwiseProcessor
+from hf_spec_ensemble.schedule.turns import Situation, Turns
 
 
 class ByRow(LogitsProcessor):

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_spec_ensemble import EnsembleConfig
 from hf_spec_ensemble.compat import OUTPUT_CACHE, given_cache
-from hf_spec_ensemble.validate import warn_once
+from hf_spec_ensemble.notices import warn_once
 
 
 PROMPT, NEW = 7, 14

@@ -21,10 +21,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble.candidates import ROOM, EnsembleCandidateGenerator
 from hf_spec_ensemble.compat import given_cache
-from hf_spec_ensemble.estimates import Acceptance, PassCosts
-from hf_spec_ensemble.verify import residual_probs, verify_maximal
+from hf_spec_ensemble.decoding.candidates import ROOM, EnsembleCandidateGenerator
+from hf_spec_ensemble.decoding.verify import residual_probs, verify_maximal
+from hf_spec_ensemble.members.costs import PassCosts
+from hf_spec_ensemble.schedule.acceptance import Acceptance
 
 
 NO_EOS = [VOCAB + 1]
@@ -193,9 +194,9 @@ def _stage(stage, models, fuse, monkeypatch):
 
         arguments = dict(ensemble_config=se.EnsembleConfig(method=failing, combine_on="probs", num_assistant_tokens=3))
     elif stage == "proposing":
-        propose = se.distribution.EnsembleDistribution.proposal
+        propose = se.ensemble.distribution.EnsembleDistribution.proposal
         monkeypatch.setattr(
-            se.distribution.EnsembleDistribution, "proposal", lambda *args: (fuse.burn(), propose(*args))[1]
+            se.ensemble.distribution.EnsembleDistribution, "proposal", lambda *args: (fuse.burn(), propose(*args))[1]
         )
     elif stage == "processor":
         arguments = dict(logits_processor=[Processor(fuse)])

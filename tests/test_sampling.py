@@ -10,7 +10,7 @@ from families import PAD, members, tiny
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.candidates import EnsembleCandidateGenerator
+from hf_spec_ensemble.decoding.candidates import EnsembleCandidateGenerator
 
 
 VOCAB = 10

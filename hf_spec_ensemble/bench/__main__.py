@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..arguments import add_config_arguments, config_of
+from ..tools.arguments import add_config_arguments, config_of
 from .measure import Bench, environment
 from .plan import CURVES, Plan, Settings
 from .processes import Process, launch_notes, part_of, parts_of

@@ -19,10 +19,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .. import __version__
-from ..arguments import locate
-from ..stopwatch import Stopwatch
-from ..warmup import warmup
+from ..members.stopwatch import Stopwatch
+from ..members.warmup import warmup
+from ..tools.arguments import locate
+from ..version import __version__
 from .plan import Condition, Group, Plan, Settings
 from .processes import Heartbeat, Process, Watch, parts_of
 from .records import Record, Records

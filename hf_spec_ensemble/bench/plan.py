@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, CompileConfig
 
-from ..arguments import check_device, locate
 from ..config import EnsembleConfig
-from ..vocabulary import UNCOMPARED, Tokens, check_tokens, tokens_of
+from ..decoding.vocabulary import UNCOMPARED, Tokens, check_tokens, tokens_of
+from ..tools.arguments import check_device, locate
 from .sandbox import can_run, enforced
 from .tasks import TASKS, Row, encode, load_rows
 from .variants import COMPILED, STANDARD, TAKE_LENGTHS, Variant, parse, split

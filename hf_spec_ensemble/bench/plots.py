@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from .plan import Condition
 from .records import Records
-from .report import COLUMN_OF_CURVE, Summary, label, members_of, summarise
+from .summary import COLUMN_OF_CURVE, Summary, label, members_of, summarise
 from .variants import STANDARD, kind_of
 
 

@@ -1,158 +1,19 @@
-"""From records to numbers and a Markdown table: ratios prompt by prompt, medians, bootstrap intervals."""
+"""A benchmark's report: a Markdown table, and the plots beside it."""
 
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from .plan import Condition, short_names
-from .records import CONDITION, Record, Records
+from .records import CONDITION, Records
+from .summary import COLUMN_OF_CURVE, Summary, label, members_of, summarise
 from .tasks import TASKS
-from .variants import NOTES, STANDARD, kind_of, repeats_standard, split
+from .variants import NOTES, STANDARD, kind_of
 
 
-RESAMPLES = 2000
 TITLES = {
     "task": "task", "temperature": "T", "batch_size": "batch", "members": "members", "prompt_length": "prompt length",
 }  # fmt: skip
-COLUMN_OF_CURVE = {"members": "members", "batch": "batch_size", "prompt-length": "prompt_length"}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A median and its 95 % bootstrap interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """
-    What a variant did under a condition. Lists have an entry for each member, and for a drafter if there is one.
-
-    Args:
-        prompts (`int`): Measured so far.
-        speedup (`Interval`): Of the ratios of prompts, the standard ensemble's time for a token by the variant's.
-        tokens_per_second (`Interval`): Over prompts.
-        passes, acceptance (`list`): Forward passes for each new token; accepted of verified proposals.
-        member_seconds, overhead_seconds: For each new token. For standard ensembles the overhead is part of the
-            main model's.
-        overhead (`float`, *optional*): Its share.
-        predicted (`float`, *optional*): The speed-up that the ensemble itself expected.
-        score (`float`, *optional*): The task's.
-        identical (`tuple[int, int]`, *optional*): Texts equal to the standard ensemble's, of so many.
-        gap (`float`, *optional*): Where texts differ, the greatest lead of the ensemble's most probable token there.
-    """
-
-    condition: Condition
-    variant: str
-    prompts: int
-    speedup: Interval
-    tokens_per_second: Interval
-    passes: list[float]
-    acceptance: list[float | None]
-    member_seconds: list[float]
-    overhead_seconds: float
-    overhead: float | None
-    predicted: float | None
-    score: float | None
-    identical: tuple[int, int] | None
-    gap: float | None
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """
-    The median, and its 95 % percentile interval over bootstrap resamples; the same values give the same interval.
-
-    >>> from hf_spec_ensemble.bench.report import interval
-
-    >>> str(interval([1.5, 1.5, 1.5]))
-    '1.50 [1.50, 1.50]'
-    """
-    values = np.asarray(values, dtype=float)
-    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(np.median(values[chosen], axis=1), [2.5, 97.5])
-    return Interval(float(np.median(values)), float(low), float(high))
-
-
-def summarise(records: Records) -> list[Summary]:
-    """One summary for each condition and variant that has been measured, in the order of the records."""
-    runs: dict[Condition, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in records.of_kind("run"):
-        runs[_condition(record)][record["variant"]].append(record)
-    gaps: dict[tuple[Condition, str], list[float]] = defaultdict(list)
-    for record in records.of_kind("divergence"):
-        gaps[_condition(record), record["variant"]].append(record["gap"])
-
-    repeatable = records.header["settings"]["config"]["coupling"] == "gumbel"
-    summaries = []
-    for condition, variants in runs.items():
-        standard = {_turn(record): record for record in variants[STANDARD]}
-        for variant, own in variants.items():
-            paired = [record for record in own if _turn(record) in standard]  # all, but for an interrupted run
-            if paired:
-                comparable = repeats_standard(variant) and (condition.temperature == 0 or repeatable)
-                texts = [
-                    a == b
-                    for record in paired
-                    for a, b in zip(record["tokens"], standard[_turn(record)]["tokens"])
-                    if comparable
-                ]
-                summaries.append(_summary(condition, variant, paired, standard, texts, gaps.get((condition, variant))))
-    return summaries
-
-
-def _summary(condition, variant, runs, standard, texts, gaps) -> Summary:
-    ratios, speeds = defaultdict(list), defaultdict(list)  # by prompt, over repeats and seeds
-    for run in runs:
-        own, base = (record["seconds"] / record["new_tokens"] for record in (run, standard[_turn(run)]))
-        ratios[run["group"]].append(base / own)
-        speeds[run["group"]].append(1 / own)
-    tokens = sum(run["new_tokens"] for run in runs)
-    accepted, verified = (_added(run.get(name) or [] for run in runs) for name in ("accepted", "verified"))
-    member_seconds = _added(run["member_seconds"] for run in runs)
-    loop_seconds = sum(run["loop_seconds"] for run in runs)
-    predictions = [run["predicted_speedup"] for run in runs if run.get("predicted_speedup") is not None]
-    scores = [score for run in runs for score in run["scores"] or []]
-    return Summary(
-        condition=condition,
-        variant=variant,
-        prompts=len(ratios) * condition.batch_size,
-        speedup=interval([statistics.median(x) for x in ratios.values()]),
-        tokens_per_second=interval([statistics.median(x) for x in speeds.values()]),
-        passes=[n / tokens for n in _added(run["forward_passes"] for run in runs)],
-        acceptance=[kept / tried if tried else None for kept, tried in zip(accepted, verified)],
-        member_seconds=[seconds / tokens for seconds in member_seconds],
-        overhead_seconds=(loop_seconds - sum(member_seconds)) / tokens,
-        overhead=None if kind_of(variant) == STANDARD else 1 - sum(member_seconds) / loop_seconds,
-        predicted=statistics.median(predictions) if predictions else None,
-        score=statistics.mean(scores) if scores else None,
-        identical=(sum(texts), len(texts)) if texts else None,
-        gap=max(gaps) if gaps else None,
-    )
-
-
-def label(variant: str, members: Sequence[str]) -> str:
-    """What a table calls a variant, with the members' short names."""
-    prefix, name = split(variant)
-    kind, _, rest = name.partition(":")
-    if kind == "member":
-        return f"{members[int(rest)]} alone"
-    return f"{prefix}drafter:{short_names([rest])[0]}" if kind == "drafter" else variant
-
-
-def members_of(records: Records, condition: Condition) -> list[str]:
-    """The short names of the members that a condition has."""
-    names = records.header["settings"]["members"]
-    return short_names([names[i % len(names)] for i in range(condition.members)])
 
 
 def markdown(records: Records, notes: Sequence[str] = ()) -> str:
@@ -275,19 +136,6 @@ def _shown(value: object) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
-
-
-def _added(lists) -> list[float]:
-    """Sums by position."""
-    return [sum(column) for column in zip(*lists)]
-
-
-def _condition(record: Record) -> Condition:
-    return Condition(**{name: record[name] for name in CONDITION})
-
-
-def _turn(record: Record) -> tuple:
-    return record["group"], record["seed"], record["repeat"]
 
 
 def write_report(records: Records, folder: Path, notes: Sequence[str] = ()) -> list[Path]:

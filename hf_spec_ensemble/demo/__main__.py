@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from transformers.utils import logging
 
 from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
-from ..arguments import add_config_arguments, config_of, encode, locate
 from ..config import AUTO
-from ..drafter import PROMPT_LOOKUP
+from ..decoding.drafter import PROMPT_LOOKUP
+from ..tools.arguments import add_config_arguments, config_of, encode, locate
 
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives 8 pencils to his sister. How many pencils does Tom have left?"

@@ -1,20 +1,18 @@
-"""Trace: the record of a call. Plain data, and what is counted from it; how it looks is in `html` and `plot`."""
+"""Trace: the record of a call. Plain data, and what is counted from it; `show` puts on it how it looks."""
 
-import importlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .extras import extra
 from .text import pieces
 
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ class Trace:
         Raises:
             `ImportError`: without pandas.
         """
-        pandas = _extra("pandas")
+        pandas = extra("pandas")
         lines = []
         for token in self.tokens:
             fields = {"outcome": token.outcome} | {name: getattr(token, name) for name in TokenTrace.__annotations__}
@@ -251,39 +249,12 @@ class Trace:
         columns = ["row", "position", "token", "text", "outcome", "probability", "round", "passes"]
         return pandas.DataFrame(lines, columns=columns + [f"draft_{name}" for name in DraftTrace.__annotations__])
 
-    def plot(self) -> "Figure":
-        """
-        Acceptance by author and place in the turn; tokens gained by every round; where the time went.
-
-        Returns:
-            `matplotlib.figure.Figure`.
-
-        Raises:
-            `ImportError`: without matplotlib.
-        """
-        _extra("matplotlib")
-        from .plot import plot
-
-        return plot(self)
-
-    def _repr_html_(self) -> str:
-        from .html import html_of
-
-        return html_of(self)
-
 
 def _read(token: TokenTrace, text: str, tokenizer, before: list[int]) -> DraftTrace | None:
     """The token's proposal with its text."""
     if token.outcome != "corrected":
         return token.draft and replace(token.draft, text=text)
     return replace(token.draft, text=pieces(tokenizer, [*before, token.draft.token], len(before))[0])
-
-
-def _extra(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f'This needs {name}: pip install "hf_spec_ensemble[notebooks]"') from error
 
 
 def _so_many(count: int, noun: str) -> str:

@@ -1,0 +1,96 @@
+"""Drafters that are no models: transformers' candidate generators as proposers from outside the ensemble."""
+
+import torch
+from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
+
+from ..members.stopwatch import Stopwatch
+
+
+PROMPT_LOOKUP = "prompt_lookup"
+LOOKUP_TOKENS = 16  # that a lookup copies at most
+LOOKUP_NGRAM = 3  # that must match, or a shorter one if none does
+FORGETTING = 0.3  # weight of the last proposal in how far a drafter is trusted
+
+
+class GeneratorDrafter:
+    """
+    Proposes what candidate generators say, all at once, and keeps an eye on how well they do.
+
+    Their proposals are taken as they come: with the logits they were drawn from, if the generator gives them, and else
+    as certain, so that they are accepted with probability r(x). Either is exact.
+
+    Args:
+        generators (`list[CandidateGenerator]`, B): One for each row.
+        vocab_size (`int`): Of the main model: a candidate that it does not know, and what follows, is cut.
+        on_host (`bool`): Whether they want their tokens on the CPU.
+    """
+
+    def __init__(self, generators: list[CandidateGenerator], vocab_size: int, on_host: bool = False):
+        self.generators = generators
+        self.on_host = on_host
+        self.vocab_size = vocab_size
+        self.stopwatch = Stopwatch(torch.device("cpu"))
+        self.passes = 0  # it makes no forward passes
+        self.trust = [0.5] * len(generators)  # [B]: recent share of proposals kept, standing in for a confidence
+        # [B]: where tokens that were not proposed would have stood, and the tokens; to learn from what comes instead
+        self.watched: list[tuple[int, list[int]]] = [(0, [])] * len(generators)
+
+    @classmethod
+    def of(cls, drafter: str | CandidateGenerator, batch: int, vocab_size: int, max_length: int) -> "GeneratorDrafter":
+        """For the `drafter` argument of `generate`: `"prompt_lookup"`, or a generator, which serves one row."""
+        if drafter == PROMPT_LOOKUP:
+            lookup = dict(num_output_tokens=LOOKUP_TOKENS, max_matching_ngram_size=LOOKUP_NGRAM, max_length=max_length)
+            return cls([PromptLookupCandidateGenerator(**lookup) for _ in range(batch)], vocab_size, True)
+        if batch > 1:
+            raise ValueError(
+                f"A {type(drafter).__name__} as `drafter` serves one row, but the batch has {batch}: generate row by "
+                f"row, or use a model or {PROMPT_LOOKUP!r}."
+            )
+        return cls([drafter], vocab_size)
+
+    def draft(self, row: int, ids: torch.Tensor, most: int) -> tuple[list[int], torch.Tensor | None]:
+        """
+        Args:
+            row (`int`): b.
+            ids (`torch.LongTensor` `[1, T]`): The row's tokens so far, what is pending included.
+            most (`int`): Tokens that have room.
+
+        Returns:
+            At most so many tokens that may follow, and the logits `[K, V]` they were drawn from, or `None`.
+        """
+        candidates, logits = self.generators[row].get_candidates(ids.cpu() if self.on_host else ids)
+        tokens = candidates[0, ids.shape[1] :].tolist()[:most]
+        unknown = next((j for j, token in enumerate(tokens) if token >= self.vocab_size), len(tokens))
+        return tokens[:unknown], None if logits is None else logits[0]
+
+    def settle(self, row: int, ids: torch.Tensor, proposed: int, kept: int) -> None:
+        """Tells the generator how many of the last tokens it proposed were kept, as transformers' loop does."""
+        scores = ids.new_empty(1, proposed + 1, 0)  # [1, candidates + 1, 0]: only the number is looked at
+        self.generators[row].update_candidate_strategy(ids, scores, kept)
+
+    def judged(self, row: int, kept: bool) -> None:
+        self.trust[row] += FORGETTING * (kept - self.trust[row])
+
+    def watch(self, row: int, position: int, tokens: list[int]) -> None:
+        """Remembers tokens that were not proposed for `position` and on, unless it still watches others."""
+        if not self.watched[row][1]:
+            self.watched[row] = (position, tokens)
+
+    def compare(self, row: int, position: int, tokens: list[int], falls: bool) -> list[bool]:
+        """
+        Which of the watched tokens came true, up to the first miss.
+
+        Args:
+            position (`int`): Where the tokens stand that the row has gained.
+            tokens (`list[int]`): These.
+            falls (`bool`): Whether what was pending behind them fell.
+        """
+        start, watched = self.watched[row]
+        end = position + len(tokens)
+        if falls and end <= start:
+            self.watched[row] = (0, [])  # they continued another text
+            return []
+        hits = [a == b for a, b in zip(watched, tokens[max(start - position, 0) :])]
+        missed = False in hits
+        self.watched[row] = (0, []) if missed else (max(start, end), watched[len(hits) :])
+        return hits[: hits.index(False) + 1] if missed else hits

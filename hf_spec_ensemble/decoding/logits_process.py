@@ -1,0 +1,242 @@
+"""EnsembleLogitsProcessor: the standard ensemble, every member token by token, as an ordinary LogitsProcessor."""
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from ..compat import encoded
+from ..config import EnsembleConfig
+from ..ensemble.distribution import EnsembleDistribution
+from ..ensemble.processing import PositionwiseProcessor
+from ..members.check import check_reading
+from ..members.member import Member
+from ..members.placement import device_of
+from ..members.ranks import Ranks
+from ..members.runner import Running
+from ..members.stopwatch import Stopwatch
+from ..members.uncached import member_of
+from .validate import assistant_list, check_members, shared_vocabulary
+
+
+class EnsembleLogitsProcessor(LogitsProcessor):
+    r"""
+    Replaces the scores of the model that generates by the ensemble's log-probabilities, in any `generate()` call:
+    greedy, sampling and beam search, several prompts in a batch, one call after another.
+
+    Used by hand in `logits_processor=`, it runs after transformers' penalties and before its temperature, top-k and the
+    like: it sees *penalised* scores of the main model and the assistants' raw logits, and what follows is applied to
+    the ensemble. For penalties and temperature that reach every member alike, pass
+    `ensemble_config=EnsembleConfig(speculative=False)` to `generate()` instead, which uses this class.
+
+    The assistants' KV caches follow the calls: a step that adds one token to each row runs one pass over it, beams are
+    reordered, and anything else (a new prompt) starts afresh.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model whose `generate()` this is for.
+        assistant_models (`PreTrainedModel` or `list[PreTrainedModel]`):
+            The other members.
+        ensemble_config (`EnsembleConfig`):
+            How to combine. Its `speculative`, `coupling`, `alternate` and `num_assistant_tokens` play no role.
+        attention_mask (`torch.LongTensor` `[B, P]`, *optional*):
+            Of the prompts. If not given, leading `pad_token_id`s of a row count as padding, as long as that is not the
+            end-of-sequence token too.
+        encoder_inputs (`dict[str, torch.Tensor]`, *optional*):
+            Of encoder-decoder models, and only of these: what the encoders read, as passed to `generate()`.
+
+    Raises:
+        `TypeError`, `ValueError`: if the members do not fit together, or `encoder_inputs` to them.
+
+    Example:
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_spec_ensemble import EnsembleConfig, EnsembleLogitsProcessor
+
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> size |= dict(eos_token_id=None, pad_token_id=0)
+    >>> one, two = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
+    >>> processor = EnsembleLogitsProcessor(one, two, EnsembleConfig(weights=[0.5, 0.5]))
+    >>> prompt = torch.tensor([[3, 4, 5]])
+    >>> one.generate(prompt, logits_processor=[processor], num_beams=2, max_new_tokens=4, do_sample=False).shape
+    torch.Size([1, 7])
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        assistant_models: PreTrainedModel | list[PreTrainedModel],
+        ensemble_config: EnsembleConfig,
+        attention_mask: torch.Tensor | None = None,
+        encoder_inputs: dict[str, torch.Tensor] | None = None,
+    ):
+        self.assistants = assistant_list(assistant_models)
+        models = [model, *self.assistants]
+        config = check_members(models, ensemble_config)
+        self.pad_token_id = self._padding_token(model)
+        self.attention_mask = attention_mask
+        self.encoder_inputs = encoder_inputs
+        if (encoder_inputs is not None) != model.config.is_encoder_decoder:
+            raise ValueError(
+                "`encoder_inputs` are what encoder-decoder models encode, as passed to `generate()`: they must be "
+                f"given for these and only these, but the main model is a {type(model).__name__} and they are "
+                f"{'not ' if encoder_inputs is None else ''}given."
+            )
+        self.distribution = EnsembleDistribution(
+            config, PositionwiseProcessor(LogitsProcessorList()), shared_vocabulary(models), device_of(model)
+        )
+        self.assistant_kwargs: list[dict] | None = None
+        self.running, self.ranks = Running(), Ranks()
+        self.normalize = False
+        self.form = "log_probs"
+        self.members: list[Member] = []
+        self.passes = [0] * len(self.assistants)
+        self._stopwatches: list[list[Stopwatch]] = [[] for _ in self.assistants]
+        self._previous: torch.Tensor | None = None  # [B, T]: the tokens that the caches hold
+        self._last: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # scores and evidence of the last call
+
+    @classmethod
+    def for_generate(
+        cls, model, assistant_models, ensemble_config, process, assistant_kwargs, running, ranks, normalize, form, names
+    ):
+        """
+        The processor behind `EnsembleConfig(speculative=False)`: it gets raw scores and applies the call's processors
+        itself, to every member or to the combination as `combine_on` says.
+
+        Args:
+            process (`PositionwiseProcessor`): The call's logits processors.
+            assistant_kwargs (`list[dict]`): What each assistant's `forward` is given for the prompt.
+            running (`Running`): How the assistants' passes run.
+            ranks (`Ranks`): The processes that decode together.
+            normalize (`bool`): Whether the scores are log-probabilities, as in beam search, and not logits.
+            form (`str`): Of what it returns, as for `EnsembleDistribution.target`.
+            names (`list[str]`, N): What errors call the members.
+        """
+        none = {} if model.config.is_encoder_decoder else None  # the prepared arguments hold what encoders made of it
+        processor = cls(model, assistant_models, ensemble_config, encoder_inputs=none)
+        processor.distribution.process, processor.distribution.names = process, names
+        processor.assistant_kwargs = assistant_kwargs
+        processor.running, processor.ranks = running, ranks
+        processor.normalize = normalize
+        processor.form = form
+        return processor
+
+    @property
+    def seconds(self) -> list[float]:
+        """Spent inside the assistants' forward passes, by assistant."""
+        return [sum(stopwatch.seconds for stopwatch in stopwatches) for stopwatches in self._stopwatches]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` `[B, T]`): All tokens so far.
+            scores (`torch.Tensor` `[B, V]`): The main model's for the next token.
+
+        Returns:
+            `torch.Tensor` `[B, V]`: log r.
+        """
+        self.distribution.device = scores.device  # the main model may be spread over several
+        self._follow(input_ids)
+        end = np.full(len(input_ids), input_ids.shape[1])
+        logits = [scores[:, None]]  # [B, 1, V] each
+        for i, member in enumerate(self.members):
+            logits.append(member.score(input_ids, end)[:, -1:])
+            self.passes[i] += 1
+            member.settled = end  # nothing is ever forgotten
+        self._previous = input_ids
+        aligned = [self.distribution.align(x) for x in logits]
+        if self.normalize:
+            aligned = [x.log_softmax(-1) for x in aligned]
+        position = (input_ids, end, np.ones_like(end))
+        scores = [self.distribution.scores(x, *position) for x in aligned]
+        evidence = [self.distribution.evidence_of(x) for x in scores]
+        self._last = scores, evidence
+        return self.ranks.agree(self.distribution.target(evidence, *position, self.form)[:, 0])
+
+    def check_members(self, input_ids: torch.Tensor) -> None:
+        """
+        Finds out how the assistants read before the first forward pass; the first call of this does so anyway.
+
+        Raises:
+            `ValueError`: naming one that cannot read token by token.
+        """
+        for member in self._new_members(input_ids):
+            member.close()
+
+    def fault(self, row: int, place: str) -> ValueError:
+        """The error for a row whose scores are no distribution; arguments as for `EnsembleDistribution.fault`."""
+        scores, evidence = ([one[row, 0] for one in last] for last in self._last)
+        return self.distribution.fault(row, [float(one.amax()) for one in scores], evidence, place)
+
+    def close(self) -> None:
+        """Ends the current texts; their caches may serve others."""
+        for member in self.members:
+            member.close()
+        self.members, self._previous, self._last = [], None, ([], [])
+
+    def _follow(self, input_ids: torch.Tensor) -> None:
+        """Makes the caches hold `input_ids[:, :-1]`, or be empty."""
+        parents = self._parents(input_ids)
+        if parents is None:
+            self.close()
+            self.members = self._new_members(input_ids)
+            for stopwatches, member in zip(self._stopwatches, self.members):
+                stopwatches.append(member.stopwatch)
+        elif (parents != torch.arange(len(parents))).any():
+            for member in self.members:
+                member.reorder(parents)
+
+    def _new_members(self, input_ids: torch.Tensor) -> list[Member]:
+        members = [
+            member_of(model, kwargs, input_ids, self.running.runner(model, len(input_ids)))
+            for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
+        ]
+        if self.distribution.config.check_members:
+            check_reading(members, input_ids, False, self.ranks, longest=self.running.max_length)
+        return members
+
+    def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """For each row the cached row `[B]` that it continues by one token; `None` if there is one that has none."""
+        previous = self._previous
+        if previous is None or previous.shape != input_ids[:, :-1].shape:
+            return None
+        previous, current = previous.cpu(), input_ids[:, :-1].cpu()
+        rows = torch.arange(len(current))
+        if torch.equal(previous, current):
+            return rows
+        # Numbers for the different texts, as their padding hides them, then a cached row for each number
+        visible = torch.from_numpy(self.members[0].visible).long()
+        _, number = torch.cat([torch.cat([previous, visible], 1), torch.cat([current, visible], 1)]).unique(
+            dim=0, return_inverse=True
+        )
+        cached = torch.full((len(number),), -1)
+        cached[number[: len(rows)]] = rows
+        parents = cached[number[len(rows) :]]
+        return None if (parents < 0).any() else parents
+
+    def _prompt_kwargs(self, input_ids: torch.Tensor) -> list[dict]:
+        if self.assistant_kwargs is not None:
+            return self.assistant_kwargs
+        if self.encoder_inputs is not None:
+            return [self._encoded(model, len(input_ids)) for model in self.assistants]
+        mask = self.attention_mask
+        if mask is None or mask.shape[1] != input_ids.shape[1]:
+            mask = torch.ones_like(input_ids)
+            if self.pad_token_id is not None:
+                mask = ((input_ids != self.pad_token_id).cumsum(1) > 0).long()
+        mask = mask.repeat_interleave(len(input_ids) // len(mask), dim=0)
+        return [{"attention_mask": mask.to(device_of(model))} for model in self.assistants]
+
+    def _encoded(self, model: PreTrainedModel, rows: int) -> dict:
+        """What an assistant's decoder is given besides tokens, for so many rows."""
+        given = {name: value.to(device_of(model)) for name, value in self.encoder_inputs.items()}
+        tensor, name, kwargs = model._prepare_model_inputs(None, None, given)
+        kwargs = encoded(model, tensor, kwargs, name, model.generation_config)
+        return model._expand_inputs_for_generation(rows // len(tensor), is_encoder_decoder=True, **kwargs)[1]
+
+    @staticmethod
+    def _padding_token(model: PreTrainedModel) -> int | None:
+        """The padding token, if it can be told from the end of a sequence; as transformers infers masks."""
+        config = model.generation_config
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        return None if config.pad_token_id in eos else config.pad_token_id

@@ -1,0 +1,126 @@
+"""The decoding method, on the contract of `GenerationMixin._assisted_decoding`: checks the call, and has it decoded."""
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation import (
+    CandidateGenerator,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from ..compat import given_cache
+from ..config import EnsembleConfig
+from ..members.adapters import is_model
+from ..members.cache import (
+    keep_whole_source,
+    restored_on_error,
+)
+from ..members.ranks import ranks_of
+from ..trace import Trace
+from .candidates import assistant_kwargs
+from .output import (
+    EnsembleDecoderOnlyOutput,
+    EnsembleEncoderDecoderOutput,
+)
+from .speculative import speculative
+from .standard import standard
+from .validate import (
+    assistant_list,
+    check_call,
+    check_media,
+    check_members,
+    check_sharding,
+)
+
+
+@torch.no_grad()
+def ensemble_decoding(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    assistant_models: PreTrainedModel | list[PreTrainedModel] | None = None,
+    ensemble_config: EnsembleConfig | None = None,
+    drafter: PreTrainedModel | str | CandidateGenerator | None = None,
+    inputs_tensor: torch.Tensor | None = None,
+    media: dict[str, torch.Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **model_kwargs,
+) -> EnsembleDecoderOnlyOutput | EnsembleEncoderDecoderOutput | torch.LongTensor:
+    r"""
+    Decodes an ensemble; a callable for `generate(custom_generate=...)`, and what `ensemble_config=` runs.
+
+    Args:
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, inputs_tensor,
+            model_kwargs: As `generate()` hands them to its decoding methods.
+        assistant_models (`PreTrainedModel` or `list[PreTrainedModel]`):
+            The other members.
+        ensemble_config (`EnsembleConfig`, *optional*):
+            Defaults to `EnsembleConfig()`.
+        drafter (`PreTrainedModel`, `"prompt_lookup"` or `CandidateGenerator`, *optional*):
+            Proposes, and is no part of the ensemble: a model with the same tokenizer; copies from the text so far; or
+            any of transformers' candidate generators, for a single row.
+        media (`dict[str, torch.Tensor]`, *optional*):
+            The images and videos that `generate()` was given, for the assistants: of the main model's it passes on only
+            what its encoders made of them. `generate(ensemble_config=...)` sees to that.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Of the members, for the text of a trace.
+
+    Returns:
+        `torch.LongTensor` `[B, T]`, or with `return_dict_in_generate=True` an `EnsembleDecoderOnlyOutput` or
+        `EnsembleEncoderDecoderOutput` (from beam search transformers' own output).
+
+    Raises:
+        `TypeError`, `ValueError`: before the first forward pass, for anything that does not fit together.
+
+    Example:
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_spec_ensemble import EnsembleConfig, ensemble_decoding
+
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> size |= dict(eos_token_id=None, pad_token_id=0)
+    >>> one, two = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
+    >>> out = one.generate(
+    ...     torch.tensor([[3, 4, 5]]),
+    ...     custom_generate=ensemble_decoding,
+    ...     assistant_models=[two],
+    ...     ensemble_config=EnsembleConfig(),
+    ...     max_new_tokens=4,
+    ... )
+    >>> out.shape
+    torch.Size([1, 7])
+    """
+    assistants = assistant_list(assistant_models)
+    config = check_members([model, *assistants], ensemble_config or EnsembleConfig(), drafter)
+    check_call(config, generation_config, logits_processor, input_ids, model_kwargs)
+    encoded = model_kwargs.get("mm_encoder_outputs")
+    media = {name: value for name, value in (media or {}).items() if encoded and name not in model_kwargs}
+    models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
+    check_media(models[1:], encoded, media, model_kwargs)
+
+    def kwargs_of(models: list[PreTrainedModel]) -> list[dict]:
+        return assistant_kwargs(models, input_ids, generation_config, model_kwargs, inputs_tensor, media)
+
+    synced_gpus = check_sharding(models, config, synced_gpus)
+    ranks = ranks_of(models)
+    ranks.share_random_state(input_ids.device)
+    keep_whole_source(given_cache(model_kwargs))
+    decode = speculative if config.speculative else standard
+    with restored_on_error(given_cache(model_kwargs)):
+        output = decode(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
+            drafter, config, kwargs_of, ranks, model_kwargs,
+        )  # fmt: skip
+    if tokenizer is not None and isinstance(getattr(output, "trace", None), Trace):  # a tensor has a `trace` too
+        output.trace = output.trace.with_tokenizer(tokenizer)
+    return output

@@ -1,0 +1,28 @@
+"""What members and drafters are called: in errors, in traces, and where measurements are kept."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def kept_name(thing: Any) -> str | None:
+    """What measurements of a drafter or a method are kept under, without keeping it; a model's are its own."""
+    return thing if isinstance(thing, str) or thing is None else getattr(thing, "__qualname__", type(thing).__name__)
+
+
+def names_of(authors: list) -> list[str]:
+    """What a person calls models and drafters, each different."""
+    names = [getattr(getattr(author, "config", None), "_name_or_path", None) or kept_name(author) for author in authors]
+    names = [name.rstrip("/").split("/")[-1] for name in names]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def titles_of(models: list[PreTrainedModel], members: Sequence[int]) -> list[str]:
+    """What errors call these members, given by their places in `[model, *assistant_models]`."""
+    places = ["the main model" if i == 0 else f"assistant model {i}" for i in members]
+    paths = [getattr(models[i].config, "_name_or_path", None) for i in members]
+    return [
+        f"{place} ({type(models[i]).__name__}{f' {path!r}' if path else ''})"
+        for place, i, path in zip(places, members, paths)
+    ]

@@ -1,0 +1,2 @@
+"""What is decoded: the members' distributions combined, and what may change them. Pure functions of tensors;
+never runs a model, and knows nothing of caches and schedules."""

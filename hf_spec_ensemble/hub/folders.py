@@ -1,0 +1,275 @@
+"""
+Ensembles are written and read: the config, a model card, and `custom_generate/generate.py`, with which
+`generate(custom_generate=...)` decodes the ensemble. Weights stay where they are.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from pprint import pformat
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import CONFIG_NAME, EnsembleConfig, config_file
+from ..decoding.vocabulary import UNCOMPARED, check_tokens, tokens_of
+from ..notices import warn_once
+from ..version import __version__
+from .card import ensemble_card
+from .references import ACCESS, MemberReference, Source, entry_of, read_ensemble, read_entry
+
+
+FILES = (CONFIG_NAME, "README.md", "custom_generate/generate.py", "custom_generate/requirements.txt")
+
+
+@dataclass
+class Ensemble:
+    """
+    A loaded ensemble.
+
+    Args:
+        model (`PreTrainedModel`), assistant_models (`list[PreTrainedModel]`): The members.
+        config (`EnsembleConfig`): How they are combined.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The main model's.
+        drafter (`PreTrainedModel` or `str`, *optional*): As for `generate(drafter=...)`.
+    """
+
+    model: PreTrainedModel
+    assistant_models: list[PreTrainedModel]
+    config: EnsembleConfig
+    tokenizer: PreTrainedTokenizerBase | None = None
+    drafter: PreTrainedModel | str | None = None
+
+    @classmethod
+    def load(cls, members: Sequence[Source], config: EnsembleConfig, drafter: Source | None = None, **kwargs):
+        """
+        Loads models that form an ensemble.
+
+        Args:
+            members (`list`): The main model first: folders, ids on the Hub, or `MemberReference`s.
+            config (`EnsembleConfig`): How they are combined.
+            drafter (*optional*): `"prompt_lookup"`, or a model, given as the members are.
+            kwargs: For every model's `from_pretrained`: `device_map`, `dtype`, `token`, ...
+
+        Raises:
+            `ValueError`: before anything is loaded, for members that do not fit the config or have other tokenizers
+                than the main model.
+            `OSError`: for one that is not found.
+            `TypeError`: for what is no list of members, or no config.
+        """
+        entry = entry_of(members, config, drafter)
+        config, references, drafting = read_entry(entry)
+        tokenizer = _shared_tokenizer(references, drafting, {name: kwargs[name] for name in ACCESS if name in kwargs})
+        model, *assistants = (reference.load(**kwargs) for reference in references)
+        drafting = drafting.load(**kwargs) if isinstance(drafting, MemberReference) else drafting
+        return cls(model, assistants, config, tokenizer, drafting)
+
+    def generate(self, *args, **kwargs):
+        """`model.generate` of the ensemble; takes and returns all that this does."""
+        ours = dict(assistant_model=self.assistant_models, ensemble_config=self.config, drafter=self.drafter)
+        return self.model.generate(*args, **ours | kwargs)
+
+
+def save_ensemble(
+    folder: str | Path,
+    members: Sequence[Source],
+    config: EnsembleConfig,
+    drafter: Source | None = None,
+    repo_id: str | None = None,
+    speedup: str | None = None,
+    licence: str | None = None,
+) -> Path:
+    """
+    Writes an ensemble's folder: `ensemble_config.json`, `README.md`, `custom_generate/`. Not the members' weights.
+
+    Args:
+        folder (`str` or `Path`): Made if need be; an ensemble in it is replaced.
+        members (`list`): The main model first: folders, ids on the Hub, models that were loaded from either (which do
+            not know of which revision they are), or `MemberReference`s, which say a revision and a dtype too.
+        config (`EnsembleConfig`): How they are combined.
+        drafter (*optional*): `"prompt_lookup"`, or a model, given as the members are.
+        repo_id (`str`, *optional*): Where it will be on the Hub, for the card's examples; by default the folder's name.
+        speedup (`str`, *optional*), licence (`str`, *optional*): As for `ensemble_card`.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        `ValueError`: before anything is written, for members that cannot be named or do not fit the config.
+
+    Example:
+
+    >>> import tempfile
+    >>> from hf_spec_ensemble import EnsembleConfig, load_ensemble, save_ensemble
+    >>> from hf_spec_ensemble.demo import FAMILY
+
+    >>> folder = tempfile.mkdtemp()
+    >>> members = [FAMILY / "reader", FAMILY / "solver"]
+    >>> _ = save_ensemble(folder, members, EnsembleConfig(weights=[0.7, 0.3]), drafter="prompt_lookup")
+    >>> ensemble = load_ensemble(folder)
+    >>> ids = ensemble.generate(**ensemble.tokenizer("2 + 2 =", return_tensors="pt"), max_new_tokens=8)
+    """
+    folder = Path(folder)
+    entry = entry_of(members, config, drafter)
+    card = ensemble_card(members, config, drafter, repo_id or folder.resolve().name, speedup, licence)
+    (folder / "custom_generate").mkdir(parents=True, exist_ok=True)
+    texts = (
+        json.dumps(entry, indent=2) + "\n",
+        str(card),
+        GENERATE.format(entry=pformat(entry, width=118, sort_dicts=False)),
+        f"hf_spec_ensemble>={__version__}\n",
+    )
+    for name, text in zip(FILES, texts):
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def load_ensemble(name: str | Path, revision: str | None = None, **kwargs) -> Ensemble:
+    """
+    Loads a saved ensemble with its members.
+
+    Args:
+        name (`str` or `Path`): A folder, or a repository on the Hub.
+        revision (`str`, *optional*): Of that repository; members have their own.
+        kwargs: For every model's `from_pretrained`, over what was saved: `device_map`, `dtype`, `token`, ...
+
+    Returns:
+        `Ensemble`.
+
+    Raises:
+        `OSError`: if there is no `ensemble_config.json`, or a member is not found.
+        `TypeError`: for what is no name.
+        `ValueError`: naming the file, if it does not hold an ensemble; and as `Ensemble.load`.
+    """
+    given = {key: kwargs[key] for key in ACCESS if key in kwargs and key != "trust_remote_code"}
+    config, members, drafter = read_ensemble(config_file(name, revision=revision, **given))
+    return Ensemble.load(members, config, drafter, **kwargs)
+
+
+def push_ensemble(
+    repo_id: str,
+    members: Sequence[Source],
+    config: EnsembleConfig,
+    drafter: Source | None = None,
+    speedup: str | None = None,
+    licence: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "An ensemble",
+    endpoint: str | None = None,
+) -> str:
+    """
+    Saves an ensemble to a repository on the Hub, which is made if need be.
+
+    Args:
+        repo_id (`str`): `"name/ensemble"`.
+        members, config, drafter, speedup, licence: As for `save_ensemble`; the models must be on the Hub.
+        private (`bool`, *optional*), token, revision (`str`, *optional*), commit_message (`str`): As for
+            `huggingface_hub.HfApi.create_repo` and `upload_folder`.
+        endpoint (`str`, *optional*): Of another Hub.
+
+    Returns:
+        `str`: The commit's address.
+
+    Raises:
+        `ValueError`: before anything is sent, as `save_ensemble`, or if a model is a folder, which nobody else has.
+
+    Example: `push_ensemble("me/two-qwens", ["Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-Coder-1.5B"], EnsembleConfig())`.
+    """
+    _, references, drafting = read_entry(entry_of(members, config, drafter))
+    models = [*references, *([drafting] if isinstance(drafting, MemberReference) else [])]
+    local = [reference.name for reference in models if reference.is_local]
+    if local:
+        raise ValueError(
+            f"An ensemble on the Hub needs its members there, but {local} are folders on this machine: push the models "
+            "first (`model.push_to_hub`) and give their ids."
+        )
+    api = HfApi(endpoint=endpoint, token=token)
+    with TemporaryDirectory() as folder:
+        save_ensemble(folder, members, config, drafter, repo_id, speedup, licence)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+        ).commit_url
+
+
+def generate_with(entry: dict[str, Any], model: PreTrainedModel, **kwargs):
+    """
+    What `custom_generate/generate.py` of a saved ensemble calls: `model.generate(**kwargs)` with the other members,
+    which are loaded once in the process.
+
+    Args:
+        entry (`dict`): What `ensemble_config.json` holds.
+        model (`PreTrainedModel`): The main model, from the caller.
+        kwargs: Of `generate`. An `ensemble_config` replaces the saved one.
+
+    Raises:
+        `ValueError`: if `assistant_model` is given: the ensemble names its own.
+    """
+    config, members, drafter = read_entry(entry)
+    for name in ("assistant_model", "assistant_models"):
+        if kwargs.pop(name, None) is not None:
+            raise ValueError(
+                f"`{name}` is given, but this ensemble names its members: {[each.name for each in members]}. Leave it "
+                "out, or use `generate(assistant_model=..., ensemble_config=...)` without `custom_generate`."
+            )
+    name = model.config._name_or_path
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())
+    if name != members[0].name:
+        warn_once(f"This ensemble was saved with {members[0].name!r} as its main model, and runs with {name!r}.")
+    device = str(model.device)
+    ours = dict(
+        assistant_model=[_loaded_once(member, device) for member in members[1:]],
+        ensemble_config=kwargs.pop("ensemble_config", None) or config,
+        drafter=_loaded_once(drafter, device) if isinstance(drafter, MemberReference) else drafter,
+    )
+    # Not `model.generate`: transformers replaces that where the ensemble lies in the model's own repository
+    return type(model).generate(model, **ours | kwargs)
+
+
+@cache
+def _loaded_once(member: MemberReference, device: str) -> PreTrainedModel:
+    return member.load().to(device)
+
+
+def _shared_tokenizer(
+    members: list[MemberReference], drafter: MemberReference | str | None, access: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    """The main model's tokenizer, which the others must have too; raises a `ValueError` otherwise."""
+    named = {each: f"assistant model {i} ({each.name!r})" for i, each in enumerate(members)}
+    named |= {drafter: f"the drafter ({drafter.name!r})"} if isinstance(drafter, MemberReference) else {}
+    named[members[0]] = f"the main model ({members[0].name!r})"
+    tokenizers, sizes = {}, []
+    for each in named:
+        where = {"revision": each.revision or "main", **access}
+        sizes.append(AutoConfig.from_pretrained(each.name, **where).get_text_config().vocab_size)
+        try:
+            tokenizers[each] = AutoTokenizer.from_pretrained(each.name, **where)
+        except (OSError, ValueError):
+            if each == members[0]:
+                raise
+            tokenizers[each] = None  # a folder of weights alone
+    tokens = [(tokenizer and tokens_of(tokenizer), named[each]) for each, tokenizer in tokenizers.items()]
+    if not check_tokens(tokens, min(sizes)):
+        warn_once(UNCOMPARED)
+    return tokenizers[members[0]]
+
+
+GENERATE = '''"""Decodes an ensemble: model.generate(..., custom_generate="this repository", trust_remote_code=True)."""
+
+from hf_spec_ensemble.hub import generate_with
+
+
+# As in ensemble_config.json
+ENSEMBLE = {entry}
+
+
+def generate(model, **kwargs):
+    return generate_with(ENSEMBLE, model, **kwargs)
+'''

@@ -1,0 +1,94 @@
+"""Compiles members' passes before they are needed."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import CompileConfig, PreTrainedModel
+
+from .adapters import is_model
+from .member import Member
+from .placement import device_of
+from .runner import SETTLED, WIDTHS, Running
+
+
+@torch.no_grad()
+def warmup(
+    members: Sequence[PreTrainedModel],
+    max_length: int,
+    batch_size: int = 1,
+    compile_config: CompileConfig | None = None,
+    widths: Sequence[int] = WIDTHS,
+    progress: bool = True,
+) -> list[float]:
+    r"""
+    Compiles the passes that `generate(cache_implementation="static", compile_config=compile_config)` will run, all
+    widths of them, so that no call has to wait for that. Without it every width is compiled when it is first needed.
+    Compiled code and caches are kept as long as the model.
+
+    Args:
+        members (`Sequence[PreTrainedModel]`):
+            The main model, assistants and drafters.
+        max_length (`int`):
+            Tokens of the longest text, prompt included. Shorter texts use the same code, longer ones compile anew.
+        batch_size (`int`, defaults to 1):
+            B. Each compiles for itself.
+        compile_config (`CompileConfig`, *optional*):
+            The very options that `generate()` will be given; defaults to `CompileConfig()`.
+        widths (`Sequence[int]`):
+            Of the numbers of tokens that passes are padded to, those to compile; by default all.
+        progress (`bool`, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `list[float]`: Seconds that it took, by member. None to speak of for what was compiled before.
+
+    Raises:
+        `ValueError`: if a member cannot be compiled, or for widths that passes are not padded to.
+
+    Example:
+
+    >>> import torch
+    >>> from hf_spec_ensemble import EnsembleConfig, warmup
+    >>> from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> size |= dict(eos_token_id=None, pad_token_id=0)
+    >>> one, two = (LlamaForCausalLM(LlamaConfig(**size)) for _ in range(2))
+    >>> config = CompileConfig(backend="eager", mode=None)  # leave both out for real
+    >>> seconds = warmup([one, two], max_length=32, compile_config=config, widths=[1, 2], progress=False)
+    >>> one.generate(
+    ...     torch.tensor([[3, 4, 5]]),
+    ...     assistant_model=two,
+    ...     ensemble_config=EnsembleConfig(),
+    ...     cache_implementation="static",
+    ...     compile_config=config,
+    ...     max_new_tokens=4,
+    ... ).shape
+    torch.Size([1, 7])
+    """
+    if not set(widths) <= set(WIDTHS):
+        raise ValueError(f"`widths` must be of {WIDTHS}, but are {tuple(widths)}.")
+    for member in members:
+        if not is_model(member):
+            raise TypeError(f"`members` must be loaded transformers models, but one is a {type(member).__name__}.")
+    running = Running(max_length, static=True, compile_config=compile_config or CompileConfig())
+    runners = [running.runner(model, batch_size) for model in members]
+    seconds = []
+    with tqdm(total=len(members) * len(widths), desc="compiling", unit="pass", disable=not progress) as bar:
+        for model, runner in zip(members, runners):
+            start = time.perf_counter()
+            ids = torch.ones(batch_size, 1 + max(WIDTHS), dtype=torch.long, device=device_of(model))
+            member = Member(model, {}, ids[:, :1], runner)
+            prompt = np.ones(batch_size, int)
+            member.score(ids, prompt)
+            for width in widths:
+                for _ in range(SETTLED):
+                    member.score(ids, prompt + width)
+                    member.forget(prompt, settled=prompt)
+                bar.update()
+            member.close()
+            seconds.append(time.perf_counter() - start)
+    return seconds

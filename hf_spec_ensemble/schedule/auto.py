@@ -1,0 +1,249 @@
+"""The schedule that chooses by itself who proposes and how much, from what was measured and from the proposers'
+confidence."""
+
+import math
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from ..members.costs import PassCosts
+from .acceptance import Acceptance
+from .theory import LOOKUP_LENGTHS, Prediction, best_turns, worth
+from .turns import Schedule, Situation, Turns
+
+
+ENOUGH_EVIDENCE = 8  # verified proposals before the first plan
+LONGEST = 16  # proposals of one turn
+PLAN_AFTER = (16, 256)  # passes, first and at most: the intervals double
+CHANGED = 0.03  # difference of an acceptance, or relative one of a cost, that calls for a new plan
+WORTHWHILE = 0.02  # share of speed that other lengths, and tokens that another run of the same author, must bring
+PLANNING_SHARE = 0.01  # of the time inside passes that may be spent on planning
+WIDEST = 64  # tokens in a pass; what more would cost is not told apart
+
+
+@dataclass
+class Plan:
+    """Fixed lengths that are best on average, the rate they promise, and what single acts are worth under them."""
+
+    turns: Turns
+    prediction: Prediction
+    acceptance: list[float]
+    costs: list[list[float]]  # [A][w]: seconds per row
+    known: dict[tuple, tuple[float, ...]] = field(default_factory=dict)
+
+    def cost(self, author: int, width: int) -> float:
+        return self.costs[author][min(width, WIDEST)]
+
+    def differs(self, other: "Plan") -> bool:
+        """Whether what is worth what may have changed."""
+        return (
+            self.turns != other.turns
+            or any(abs(a - b) > CHANGED for a, b in zip(self.acceptance, other.acceptance))
+            or any(
+                abs(mine[w] - theirs[w]) > CHANGED * theirs[w]
+                for mine, theirs in zip(self.costs, other.costs)
+                for w in (1, 2, 4, 8)
+            )
+        )
+
+    def worth(self, situation: Situation, chances: Sequence[float], act: str) -> float:
+        rate = 1 / self.prediction.seconds_per_token
+        return worth(self.turns, self.acceptance, self.cost, rate, situation, chances, act)
+
+
+@dataclass
+class Memory:
+    """What outlasts a call: one for every ensemble, way of drawing and batch size."""
+
+    acceptance: list[Acceptance]
+    plan: Plan | None = None
+    seconds: float = 0.0  # inside passes, since the last plan
+    passes: int = 0
+    interval: int = PLAN_AFTER[0]  # passes until the next plan
+    planning_seconds: float = 0.0  # that the last plan took
+
+
+class Auto(Schedule):
+    """
+    Proposal lengths that choose themselves, to maximise expected tokens per second.
+
+    Two levels: a *plan*, the fixed lengths that `theory.best_turns` finds for the measured costs and the average
+    acceptance, renewed now and then; and single *acts*, whether to propose at all and whether to propose one more,
+    decided by what they are worth under the plan given the proposals' own chances. Where nothing is gained the plan is
+    the standard ensemble. Until costs and acceptance are known, lengths are 1.
+
+    The distribution of the output is that of any schedule: an act depends on measured times, on past tokens and on the
+    proposer's distribution at a position, and never on the token drawn there before it is decided that it is proposed.
+    Given all this, a token is drawn, verified and replaced as by any other schedule, so that each is distributed as r
+    whatever the decision was.
+
+    Args:
+        memory (`Memory`): Of this ensemble; kept up to date.
+        costs (`list[PassCosts]`, A): Of the authors.
+        batch (`int`): B.
+        members (`int`): N.
+        may_propose (`Sequence[bool]`, A): Which authors may.
+        first (`int`): The member that begins while nothing is known.
+        at_once (`int`, *optional*), watches (`bool`): As in `Turns`.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        costs: list[PassCosts],
+        batch: int,
+        members: int,
+        may_propose: Sequence[bool],
+        first: int,
+        at_once: int | None = None,
+        watches: bool = False,
+    ):
+        self.memory, self.costs, self.batch = memory, costs, batch
+        self.members, self.may_propose = members, tuple(may_propose)
+        ones = [int(may) for may in may_propose]
+        if at_once is not None:
+            ones[at_once] = 0 if watches else LOOKUP_LENGTHS[1]
+        self._start = Turns(tuple(ones), first, members, at_once, watches)
+
+    @property
+    def turns(self) -> Turns:
+        """The plan's lengths; before there is one, those of the start."""
+        return self.memory.plan.turns if self.memory.plan else self._start
+
+    def proposes(self, situation, confidence) -> bool:
+        author = situation.current
+        if not self.may_propose[author] or self._takes_measure():
+            return False
+        if self.memory.plan is None:
+            return True
+        rows = [row for row, own in enumerate(confidence) if own is not None]
+        return sum(self._gain_of_proposing(situation, row, confidence[row]) for row in rows) > 0
+
+    def next(self, situation) -> tuple[int, int]:
+        turns = self.turns
+        if turns.may_go_on(situation) and self._goes_on(situation):
+            return situation.current, situation.turn + 1
+        return turns.hand_over(situation)
+
+    def draft(self, situation, confidence) -> int:
+        plan = self.memory.plan
+        if plan is None or self._takes_measure():
+            return 0
+        chances = {
+            row: self.memory.acceptance[situation.current].chance(own)
+            for row, own in enumerate(confidence)
+            if own is not None
+        }
+        return max(
+            LOOKUP_LENGTHS,
+            key=lambda length: sum(
+                self._worth_of_draft(situation, row, chance, length) for row, chance in chances.items()
+            ),
+        )
+
+    def width(self, author, width) -> int:
+        costs = self.costs[author]
+        probed = costs.to_probe(self.batch, width)
+        return costs.padded(self.batch, width) if probed is None else probed
+
+    def ran(self, author, seconds) -> None:
+        self.memory.seconds += seconds
+        self.memory.passes += 1
+
+    def judged(self, author, confidence, kept) -> None:
+        self.memory.acceptance[author].add(confidence, kept)
+
+    def advanced(self, tokens) -> None:
+        for acceptance in self.memory.acceptance:
+            acceptance.fade(tokens)
+        memory = self.memory
+        if memory.passes >= memory.interval and memory.planning_seconds <= PLANNING_SHARE * memory.seconds:
+            self._plan()
+
+    def _plan(self) -> None:
+        memory = self.memory
+        evidence = sum(acceptance.evidence for acceptance in memory.acceptance)
+        unknown = any(costs.measured(self.batch, 1) is None for costs in self.costs)
+        if unknown or (memory.plan is None and evidence < ENOUGH_EVIDENCE):
+            return
+        start = time.perf_counter()
+        tables = [
+            [costs.seconds(self.batch, max(w, 1)) / self.batch for w in range(WIDEST + 1)] for costs in self.costs
+        ]
+        means = [acceptance.mean for acceptance in memory.acceptance]
+        turns, prediction = best_turns(
+            self.turns, means, lambda author, width: tables[author][min(width, WIDEST)], self.may_propose, WORTHWHILE
+        )
+        plan = Plan(turns, prediction, means, tables)
+        if memory.plan is None or plan.differs(memory.plan):
+            memory.plan = plan
+        memory.seconds, memory.passes = 0.0, 0
+        memory.interval = min(2 * memory.interval, PLAN_AFTER[1])
+        memory.planning_seconds = time.perf_counter() - start
+
+    def _takes_measure(self) -> bool:
+        """Whether members should now read single tokens, as in the standard ensemble, to find what that costs."""
+        return any(costs.to_probe(self.batch, 1) == 1 for costs in self.costs[: self.members])
+
+    def _goes_on(self, situation: Situation) -> bool:
+        plan, current, turn = self.memory.plan, situation.current, situation.turn
+        if plan is None:
+            return turn < self.turns.lengths[current]
+        if turn >= LONGEST:
+            return False
+        rows = [row for row, unread in enumerate(situation.lag[current]) if unread and situation.open[row]]
+        # Not for less than the errors of the costs: roles that alternate are as good as long turns, and vary less
+        return sum(self._gain_of_going_on(situation, row) for row in rows) > WORTHWHILE * len(rows)
+
+    def _gain_of_proposing(self, situation: Situation, row: int, confidence: float) -> float:
+        """In tokens; linear in the chances of what is pending and of the proposal in question."""
+
+        def values(plan: Plan, one_row: Situation, kept: list[float], lost: list[float]) -> tuple[float, ...]:
+            if_lost = plan.worth(one_row, [*lost, 1.0], "propose") - plan.worth(one_row, lost, "stop") if lost else 0.0
+            stop = plan.worth(one_row, kept, "stop")
+            return if_lost, *(plan.worth(one_row, [*kept, fate], "propose") - stop for fate in (0.0, 1.0))
+
+        chance = self.memory.acceptance[situation.current].chance(confidence)
+        survival = self._survival(situation, row)
+        if_lost, if_rejected, if_kept = self._known("propose", situation, row, values)
+        return (1 - survival) * if_lost + survival * ((1 - chance) * if_rejected + chance * if_kept)
+
+    def _gain_of_going_on(self, situation: Situation, row: int) -> float:
+        def values(plan: Plan, one_row: Situation, kept: list[float], lost: list[float]) -> tuple[float, ...]:
+            return tuple(
+                plan.worth(one_row, fate, "go_on") - plan.worth(one_row, fate, "hand_over") for fate in (lost, kept)
+            )
+
+        survival = self._survival(situation, row)
+        if_lost, if_kept = self._known("go_on", situation, row, values)
+        return (1 - survival) * if_lost + survival * if_kept
+
+    def _worth_of_draft(self, situation: Situation, row: int, chance: float, length: int) -> float:
+        chance, survival = round(chance, 1), round(self._survival(situation, row), 1)
+
+        def values(plan: Plan, one_row: Situation, kept: list[float], lost: list[float]) -> tuple[float, ...]:
+            one_row.lag = [
+                [unread + length] if author != one_row.current else [unread]
+                for author, (unread,) in enumerate(one_row.lag)
+            ]
+            return (plan.worth(one_row, [*kept[:-1], *([survival] if kept else []), *[chance] * length], "hand_over"),)
+
+        return self._known(("draft", length, chance, survival), situation, row, values)[0]
+
+    def _known(self, question: Hashable, situation: Situation, row: int, values) -> tuple[float, ...]:
+        """`values`, worked out once for every situation that a row is in under this plan."""
+        plan, current = self.memory.plan, situation.current
+        lag = tuple(unread[row] for unread in situation.lag)
+        count = len(situation.pending[row])
+        turn = min(situation.turn, plan.turns.lengths[current])
+        key = (question, current, turn, lag, count)
+        if key not in plan.known:
+            one_row = Situation(current, turn, lag=[[unread] for unread in lag])
+            kept = [1.0] * count
+            plan.known[key] = values(plan, one_row, kept, [0.0, *kept[1:]] if count else [])
+        return plan.known[key]
+
+    def _survival(self, situation: Situation, row: int) -> float:
+        """How likely everything that is pending in a row is kept."""
+        acceptance = self.memory.acceptance
+        return math.prod(acceptance[author].chance(confidence) for author, confidence in situation.pending[row])

@@ -1,0 +1,54 @@
+"""A schedule that several processes follow together: they decide by measured times, which differ."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..members.ranks import Ranks, Together
+from .turns import Schedule, Situation
+
+
+def led(schedule: Schedule, ranks: Ranks) -> Schedule:
+    """A schedule by which all processes do the same."""
+    return Led(schedule, ranks) if isinstance(ranks, Together) else schedule
+
+
+class Led(Schedule):
+    """
+    A schedule by which every process does what the first one's says. Each keeps its own estimates: only decisions are
+    passed on, a few bytes each.
+
+    Args:
+        schedule (`Schedule`), ranks (`Together`).
+    """
+
+    def __init__(self, schedule: Schedule, ranks: Together):
+        self.schedule, self.ranks = schedule, ranks
+
+    @property
+    def turns(self):
+        return self.schedule.turns
+
+    def _agree(self, *numbers: int) -> tuple[int, ...]:
+        return tuple(self.ranks.agree(torch.tensor(numbers)).tolist())
+
+    def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> bool:
+        return bool(*self._agree(self.schedule.proposes(situation, confidence)))
+
+    def next(self, situation):
+        return self._agree(*self.schedule.next(situation))
+
+    def draft(self, situation, confidence):
+        return self._agree(self.schedule.draft(situation, confidence))[0]
+
+    def width(self, author, width):
+        return self._agree(self.schedule.width(author, width))[0]
+
+    def ran(self, author, seconds):
+        self.schedule.ran(author, seconds)
+
+    def judged(self, author, confidence, kept):
+        self.schedule.judged(author, confidence, kept)
+
+    def advanced(self, tokens):
+        self.schedule.advanced(tokens)
