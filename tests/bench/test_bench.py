@@ -570,7 +570,7 @@ def test_divergence_is_found_and_measured(tmp_path, monkeypatch, capsys):
         ("--values 1 2", "--values are those of a --curve"),
         ("--dtype int8", "--dtype must be a floating type"),
         ("--device toaster", "--device toaster"),
-        ("--device cuda:99", "torch finds no such device here"),
+        ("--device cuda:99", "torch has no such device here"),
         ("--max-new-tokens 2000", "exceeds the 1024"),
         ("--tasks gsm8k mmlu", "say whose it is"),
         ("--data-file nowhere.jsonl", "There is no file 'nowhere.jsonl'"),
