@@ -8,6 +8,7 @@ models can promise it. So it is tried, and the logits are compared.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -212,11 +213,10 @@ class _Trial:
             self.tolerance = max(self.tolerance, TOLERANCE_WITHOUT_CACHE)
             return Reading(self._fault(self._one_by_one, "one token after the other differently from the whole text"))
         self.model = _with_narrow_windows(self.model)
-        if self.rows > 1 and not self._new(self._text(0)).in_step:
-            static, self.static = self.static, False  # there is room to move tokens apart in a cache that grows
-            undisturbed = self._least(self._with_hidden_slots) <= self.tolerance
-            self.static = static
-            if undisturbed and (not static or self._least(self._with_hidden_slots) <= self.tolerance):
+        if self.rows > 1 and not self._new(self._text(0), self.static).in_step:
+            # First in a cache that grows, where there is room to move tokens apart
+            ways = [partial(self._with_hidden_slots, static=static) for static in sorted({False, self.static})]
+            if all(self._least(way) <= self.tolerance for way in ways):
                 return Reading(in_step=False)
         what = "several tokens at once, or after a roll-back, differently from one at a time"
         return Reading(self._fault(self._after_roll_back, what), in_step=True if self.rows > 1 else None)
@@ -259,26 +259,26 @@ class _Trial:
             whole = self._uncached(text)
         except Exception as error:
             raise _CannotRead(_in_short(error)) from error
-        member, _ = self._begin(text, self.prompt_length)
+        member, _ = self._begin(text, self.static, self.prompt_length)
         for end in (self.prompt_length + 1, self.prompt_length + 2):
             yield _difference(member.score(text, self._all(end)), whole[:, [end - self.prompt_length]])
 
     def _after_roll_back(self, text: torch.Tensor) -> Iterator[float]:
         """Several tokens at once and then one, after others were forgotten, in all rows alike."""
-        member, whole = self._begin(text)
+        member, whole = self._begin(text, self.static)
         kept = self._all(self.prompt_length + 1)
         if self.static:
-            whole = self._growing(text)
+            _, whole = self._begin(text, static=False)
         if needs_snapshots(self.model):  # it has read the prompt by itself, for a state to go back to
-            _, whole = self._begin(text, settled=self.length)
+            _, whole = self._begin(text, self.static, settled=self.length)
             yield from self._in_pieces(member, whole, text, kept)  # passes over one token may write to states in place
         yield from self._in_pieces(member, whole, text, kept)
 
-    def _with_hidden_slots(self, text: torch.Tensor) -> Iterator[float]:
+    def _with_hidden_slots(self, text: torch.Tensor, static: bool = False) -> Iterator[float]:
         """The same in rows that forget and read different numbers of tokens: hidden slots lie between visible ones."""
-        member, whole = self._begin(text)
-        if self.static:
-            whole = self._growing(text)
+        member, whole = self._begin(text, static)
+        if static:
+            _, whole = self._begin(text, static=False)
         gap = 0 if member.windowed else self.gap
         return self._in_pieces(member, whole, text, self.prompt_length + np.array([2, 1]), gap)
 
@@ -300,19 +300,10 @@ class _Trial:
 
     def _uncached(self, text: torch.Tensor) -> torch.Tensor:
         """The logits `[rows, K, V]` behind the prompt and every later token, without a cache."""
-        return UncachedMember(self.model, self.kwargs, text[:, : self.prompt_length]).score(
-            text, self._all(self.length)
-        )
+        member = UncachedMember(self.model, self.kwargs, text[:, : self.prompt_length])
+        return member.score(text, self._all(self.length))
 
-    def _growing(self, text: torch.Tensor) -> torch.Tensor:
-        """The logits `[rows, K, V]` behind the prompt and every later token, with a cache that grows."""
-        self.static = False
-        try:
-            return self._begin(text)[1]
-        finally:
-            self.static = True
-
-    def _new(self, text: torch.Tensor) -> Member:
+    def _new(self, text: torch.Tensor, static: bool) -> Member:
         """A member that has read nothing."""
         prompt = text[:, : self.prompt_length]
         kwargs = dict(self.kwargs)
@@ -320,14 +311,15 @@ class _Trial:
             name = "decoder_attention_mask" if self.model.config.is_encoder_decoder else "attention_mask"
             kwargs[name] = torch.ones_like(prompt)
             kwargs[name][1, 0] = 0
-        return member_of(
-            self.model, kwargs, prompt, StaticRunner(self.model, SLOTS) if self.static else Runner(self.model)
-        )
+        runner = StaticRunner(self.model, SLOTS) if static else Runner(self.model)
+        return member_of(self.model, kwargs, prompt, runner)
 
-    def _begin(self, text: torch.Tensor, end: int | None = None, settled: int = 0) -> tuple[Member, torch.Tensor]:
+    def _begin(
+        self, text: torch.Tensor, static: bool, end: int | None = None, settled: int = 0
+    ) -> tuple[Member, torch.Tensor]:
         """A member that has read the text up to `end`, and its logits `[rows, K, V]` behind the prompt."""
         try:
-            member = self._new(text)
+            member = self._new(text, static)
             member.settled = self._all(settled)
             logits = member.score(text, self._all(end or self.length))
         except torch.OutOfMemoryError:
