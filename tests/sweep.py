@@ -286,8 +286,8 @@ class Trial:
         def plain(inputs, **kwargs):
             return lambda text: difference(text, self.standard(inputs, **kwargs))
 
-        def right(inputs):
-            return self.formula.difference if self.by_formula[len(inputs["input_ids"])] else plain(inputs)
+        def right(inputs, **kwargs):
+            return self.formula.difference if self.by_formula[len(inputs["input_ids"])] else plain(inputs, **kwargs)
 
         if way == "standard":
             yield lambda: self.standard(one), right(one)
@@ -301,8 +301,8 @@ class Trial:
             for settings in LENGTHS[::2]:
                 yield spec(three, settings), right(three)
         elif way == "static":
-            yield spec(one, UNEVEN, **STATIC), right(one)
-            yield spec(three, UNEVEN, **STATIC), right(three)
+            for inputs in (one, three):
+                yield spec(inputs, UNEVEN, **STATIC), right(inputs, **STATIC)
         elif way == "sampled":
             for inputs in (one, three):
                 yield spec(inputs, UNEVEN, **SAMPLED), plain(inputs, **SAMPLED)

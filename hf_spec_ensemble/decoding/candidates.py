@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator, GenerationConfig
 
-from ..compat import encoded
+from ..compat import encoded, without_cache
 from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.padded import Ragged, window
 from ..members.costs import PassCosts
@@ -45,7 +45,7 @@ def assistant_kwargs(
             Images and videos that the main model has encoded already, as its caller gave them.
     """
     repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    of_main_model = {name: value for name, value in model_kwargs.items() if name != "mm_encoder_outputs"}
+    of_main_model = {name: value for name, value in without_cache(model_kwargs).items() if name != "mm_encoder_outputs"}
     if inputs_tensor is not None:
         inputs_tensor = inputs_tensor.repeat_interleave(len(input_ids) // len(inputs_tensor), dim=0)
     prepared = []

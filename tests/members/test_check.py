@@ -161,6 +161,8 @@ def phi(config_class=Phi3Config, model_class=Phi3ForCausalLM, **settings):
 @pytest.mark.parametrize("speculative", [True, False])
 def test_prompts_longer_than_the_original_context(length, speculative):
     """Phi-3 drops the cache that it is given for these."""
+    if NEWER and not speculative:
+        pytest.skip("older versions of transformers lose the main model's cache themselves")
     models = phi(**PHI)
     ids = torch.randint(3, 50, (1, length), generator=torch.Generator().manual_seed(length))
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
