@@ -470,7 +470,10 @@ def markdown(reports: list[Report]) -> str:
         parts += [f"### {kind.capitalize()} ({len(of_kind)})", ""]
         plain = [report for report in of_kind if not _has_remarks(report)]
         if plain:
-            parts += [*textwrap.wrap(", ".join(f"`{report.name}`" for report in plain) + ".", 120), ""]
+            parts += [
+                *textwrap.wrap(", ".join(f"`{report.name}`" for report in plain) + ".", 120, break_on_hyphens=False),
+                "",
+            ]
         if len(plain) < len(of_kind):
             parts += ["| model type | class | remarks |", "|---|---|---|"]
         for report in filter(_has_remarks, of_kind):
