@@ -15,6 +15,7 @@ from ..members.ranks import Ranks
 from ..members.runner import Running
 from ..members.stopwatch import Stopwatch
 from ..members.uncached import member_of
+from .call import Call
 from .validate import assistant_list, check_members, shared_vocabulary
 
 
@@ -93,31 +94,37 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         self.passes = [0] * len(self.assistants)
         self._stopwatches: list[list[Stopwatch]] = [[] for _ in self.assistants]
         self._previous: torch.Tensor | None = None  # [B, T]: the tokens that the caches hold
+        self._ready_for: torch.Tensor | None = None  # [B, P]: the prompts of members that have read nothing yet
+        self._prompt_length = 0
         self._last: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # scores and evidence of the last call
 
     @classmethod
-    def for_generate(
-        cls, model, assistant_models, ensemble_config, process, assistant_kwargs, running, ranks, normalize, form, names
-    ):
+    def for_call(
+        cls,
+        call: Call,
+        assistants: list[PreTrainedModel],
+        config: EnsembleConfig,
+        form: str,
+        names: list[str],
+    ) -> "EnsembleLogitsProcessor":
         """
         The processor behind `EnsembleConfig(speculative=False)`: it gets raw scores and applies the call's processors
         itself, to every member or to the combination as `combine_on` says.
 
         Args:
-            process (`PositionwiseProcessor`): The call's logits processors.
-            assistant_kwargs (`list[dict]`): What each assistant's `forward` is given for the prompt.
-            running (`Running`): How the assistants' passes run.
-            ranks (`Ranks`): The processes that decode together.
-            normalize (`bool`): Whether the scores are log-probabilities, as in beam search, and not logits.
+            call (`Call`): Whose logits processors, caches and processes it uses.
+            assistants (`list[PreTrainedModel]`), config (`EnsembleConfig`): Those that have a weight.
             form (`str`): Of what it returns, as for `EnsembleDistribution.target`.
             names (`list[str]`, N): What errors call the members.
         """
-        none = {} if model.config.is_encoder_decoder else None  # the prepared arguments hold what encoders made of it
-        processor = cls(model, assistant_models, ensemble_config, encoder_inputs=none)
-        processor.distribution.process, processor.distribution.names = process, names
-        processor.assistant_kwargs = assistant_kwargs
-        processor.running, processor.ranks = running, ranks
-        processor.normalize = normalize
+        none = {} if call.model.config.is_encoder_decoder else None  # the call has what encoders made of it
+        processor = cls(call.model, assistants, config, encoder_inputs=none)
+        beams = (call.generation_config.num_beams or 1) > 1
+        processor.distribution.process = PositionwiseProcessor(call.logits_processor, beams=beams)
+        processor.distribution.names = names
+        processor.assistant_kwargs = call.assistant_kwargs(assistants)
+        processor.running, processor.ranks = call.running, call.ranks
+        processor.normalize = beams  # a beam search passes on log-probabilities, not logits
         processor.form = form
         return processor
 
@@ -137,31 +144,31 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         """
         self.distribution.device = scores.device  # the main model may be spread over several
         self._follow(input_ids)
-        end = np.full(len(input_ids), input_ids.shape[1])
+        new = input_ids[:, self._prompt_length :]
+        end = np.full(len(input_ids), new.shape[1])
         logits = [scores[:, None]]  # [B, 1, V] each
         for i, member in enumerate(self.members):
-            logits.append(member.score(input_ids, end)[:, -1:])
+            logits.append(member.score(new, end)[:, -1:])
             self.passes[i] += 1
             member.settled = end  # nothing is ever forgotten
         self._previous = input_ids
         aligned = [self.distribution.align(x) for x in logits]
         if self.normalize:
             aligned = [x.log_softmax(-1) for x in aligned]
-        position = (input_ids, end, np.ones_like(end))
+        position = (input_ids, end + self._prompt_length, np.ones_like(end))
         scores = [self.distribution.scores(x, *position) for x in aligned]
         evidence = [self.distribution.evidence_of(x) for x in scores]
         self._last = scores, evidence
         return self.ranks.agree(self.distribution.target(evidence, *position, self.form)[:, 0])
 
-    def check_members(self, input_ids: torch.Tensor) -> None:
+    def try_members(self, input_ids: torch.Tensor) -> None:
         """
-        Finds out how the assistants read before the first forward pass; the first call of this does so anyway.
+        Makes the assistants ready, and finds out how they read, before the main model's first forward pass.
 
         Raises:
             `ValueError`: naming one that cannot read token by token.
         """
-        for member in self._new_members(input_ids):
-            member.close()
+        self._begin(input_ids)
 
     def fault(self, row: int, place: str) -> ValueError:
         """The error for a row whose scores are no distribution; arguments as for `EnsembleDistribution.fault`."""
@@ -172,28 +179,35 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         """Ends the current texts; their caches may serve others."""
         for member in self.members:
             member.close()
-        self.members, self._previous, self._last = [], None, ([], [])
+        self.members, self._previous, self._ready_for, self._last = [], None, None, ([], [])
 
     def _follow(self, input_ids: torch.Tensor) -> None:
         """Makes the caches hold `input_ids[:, :-1]`, or be empty."""
+        if self._ready_for is not None and torch.equal(self._ready_for, input_ids):
+            self._ready_for = None
+            return
         parents = self._parents(input_ids)
         if parents is None:
-            self.close()
-            self.members = self._new_members(input_ids)
-            for stopwatches, member in zip(self._stopwatches, self.members):
-                stopwatches.append(member.stopwatch)
+            self._begin(input_ids)
+            self._ready_for = None
         elif (parents != torch.arange(len(parents))).any():
             for member in self.members:
                 member.reorder(parents)
 
-    def _new_members(self, input_ids: torch.Tensor) -> list[Member]:
-        members = [
+    def _begin(self, input_ids: torch.Tensor) -> None:
+        """Makes members that have these prompts to read."""
+        self.close()
+        self._ready_for, self._prompt_length = input_ids, input_ids.shape[1]
+        self.members = [
             member_of(model, kwargs, input_ids, self.running.runner(model, len(input_ids)))
             for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
         ]
         if self.distribution.config.check_members:
-            check_reading(members, input_ids, False, self.ranks, longest=self.running.max_length)
-        return members
+            longest = self.running.max_length
+            new_tokens = None if longest is None else longest - self._prompt_length
+            check_reading(self.members, False, self.ranks, new_tokens)
+        for stopwatches, member in zip(self._stopwatches, self.members):
+            stopwatches.append(member.stopwatch)
 
     def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """For each row the cached row `[B]` that it continues by one token; `None` if there is one that has none."""

@@ -22,7 +22,7 @@ from ..members.cache import (
 )
 from ..members.ranks import ranks_of
 from ..trace import Trace
-from .candidates import assistant_kwargs
+from .call import Call
 from .output import (
     EnsembleDecoderOnlyOutput,
     EnsembleEncoderDecoderOutput,
@@ -108,19 +108,17 @@ def ensemble_decoding(
     models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
     check_media(models[1:], encoded, media, model_kwargs)
 
-    def kwargs_of(models: list[PreTrainedModel]) -> list[dict]:
-        return assistant_kwargs(models, input_ids, generation_config, model_kwargs, inputs_tensor, media)
-
     synced_gpus = check_sharding(models, config, synced_gpus)
     ranks = ranks_of(models)
     ranks.share_random_state(input_ids.device)
     keep_whole_source(given_cache(model_kwargs))
     decode = speculative if config.speculative else standard
-    with restored_on_error(given_cache(model_kwargs)):
-        output = decode(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-            drafter, config, kwargs_of, ranks, model_kwargs,
-        )  # fmt: skip
+    call = Call(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
+        config, drafter, inputs_tensor, media, ranks, model_kwargs,
+    )  # fmt: skip
+    with restored_on_error(call.cache):
+        output = decode(call)
     if tokenizer is not None and isinstance(getattr(output, "trace", None), Trace):  # a tensor has a `trace` too
         output.trace = output.trace.with_tokenizer(tokenizer)
     return output

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from ..members.ranks import Ranks
 from ..trace import Trace
+from .call import Call
 
 
 @dataclass
@@ -102,34 +102,29 @@ class Transcript:
     criteria and streamer see just what they would see in the standard ensemble, in the same order, once a column.
 
     Args:
-        prompt (`torch.LongTensor` `[B, P]`), stopping_criteria, streamer, pad_token_id (`torch.LongTensor` or `None`):
-            As `generate()` prepared them.
-        output_scores, output_logits (`bool`): Whether to keep the rows given to `add`.
-        ranks (`Ranks`): The processes that decode together.
+        call (`Call`): Of which it takes the prompt, the stopping criteria, the streamer, and what is to be returned.
+
+    State: all of it, written here alone.
     """
 
-    def __init__(
-        self,
-        prompt,
-        stopping_criteria: StoppingCriteriaList,
-        streamer,
-        pad_token_id,
-        output_scores,
-        output_logits,
-        ranks: Ranks,
-    ):
-        self.sequences = prompt
-        self.stopping_criteria = stopping_criteria
-        self.ranks = ranks
-        self.streamer = streamer
+    def __init__(self, call: Call):
+        self.sequences = prompt = call.input_ids.long()
+        self.prompt_length = prompt.shape[1]
+        self.stopping_criteria, self.streamer, self.ranks = call.stopping_criteria, call.streamer, call.ranks
         self.unfinished = np.ones(len(prompt), bool)  # [B]
-        self.pad = pad_token_id if pads_finished_rows(stopping_criteria) else None
-        self.scores = () if output_scores else None  # one tensor [B, V] a column
-        self.logits = () if output_logits else None
+        pads = pads_finished_rows(call.stopping_criteria)
+        self.pad = call.generation_config._pad_token_tensor if pads else None
+        self.scores = () if call.returns("scores") else None  # one tensor [B, V] a column
+        self.logits = () if call.returns("logits") else None
         self.lengths = np.zeros(len(prompt), int)  # [B]: tokens committed of texts that had not finished
         self._rows: dict[str, list[list[torch.Tensor]]] = {
             name: [[] for _ in prompt] for name in ("scores", "logits") if getattr(self, name) is not None
         }
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens committed, by row."""
+        return self.sequences.shape[1] - self.prompt_length
 
     @property
     def wanted(self) -> np.ndarray:

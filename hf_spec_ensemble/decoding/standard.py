@@ -1,9 +1,10 @@
-"""The standard ensemble, through transformers' own loops."""
+"""The standard ensemble, through transformers' own loops: prepare, loop, report."""
 
 import copy
 import time
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,26 +20,18 @@ from transformers.generation import (
 
 from ..compat import OUTPUT_CACHE, given_cache, without_cache
 from ..config import AUTO
-from ..ensemble.processing import PositionwiseProcessor
 from ..members.adapters import all_locks_of
-from ..members.cache import (
-    without_fresh_static_cache,
-)
+from ..members.cache import without_fresh_static_cache
 from ..members.ranks import Ranks
-from ..members.runner import Running, Stepper
+from ..members.runner import Stepper
 from ..notices import warn_once
 from ..schedule.roles import Roles
+from .call import Call
 from .drawing import Gumbel
 from .logits_process import EnsembleLogitsProcessor
 from .names import titles_of
-from .output import (
-    EnsembleStats,
-    output_class,
-    pads_finished_rows,
-)
-from .validate import (
-    check_prompt,
-)
+from .output import EnsembleStats, output_class, pads_finished_rows
+from .validate import check_prompt
 
 
 class _SharedNoise(LogitsProcessor):
@@ -59,7 +52,7 @@ class _SharedNoise(LogitsProcessor):
 
 
 class _Soundness(LogitsProcessor):
-    """Notes in which rows the ensemble gives no distribution; there any token is drawn, and `_Criteria` raises."""
+    """Notes in which rows the ensemble gives no distribution; there any token is drawn, and the criteria raise."""
 
     def __init__(self, ensemble: EnsembleLogitsProcessor):
         self.ensemble = ensemble
@@ -72,28 +65,51 @@ class _Soundness(LogitsProcessor):
 
 class _Criteria(StoppingCriteriaList):
     """
-    The stopping criteria, counting the tokens of rows that have not stopped; shown no noise in the scores. Raises where
-    a token was drawn from no distribution, which comes with the count, in one transfer.
+    The stopping criteria, which raise first where a row's next token has no distribution to be drawn from.
+
+    State: steps so far.
+    """
+
+    unit = "row"
+
+    def __init__(self, criteria: StoppingCriteriaList, ensemble: EnsembleLogitsProcessor):
+        super().__init__(criteria)
+        self.ensemble = ensemble
+        self.steps = 0
+
+    def _lost(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows `[B]` that are lost, and those `[B]` whose tokens count."""
+        raise NotImplementedError
+
+    def _step(self, input_ids: torch.Tensor) -> int:
+        """Notes one more step; raises if a row is lost. How many rows' tokens count: in one transfer with the rest."""
+        self.steps += 1
+        lost, wanted = self._lost(torch.ones_like(input_ids[:, 0], dtype=torch.bool))
+        count, any_lost, row = torch.stack([wanted.sum(), lost.sum(), lost.long().argmax()]).tolist()
+        if any_lost:
+            raise self.ensemble.fault(row, f"New token {self.steps} of {self.unit} {row}")
+        return count
+
+
+class _TokenCriteria(_Criteria):
+    """
+    For greedy decoding and sampling: counts the tokens of rows that have not stopped, and sees no noise in the scores.
+    Any token was drawn from what is no distribution; here it is found out.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, soundness: _Soundness, noise: _SharedNoise | None, ranks: Ranks):
-        super().__init__(criteria)
-        self.soundness = soundness
-        self.noise = noise
-        self.ranks = ranks
-        self.steps = 0
+        super().__init__(criteria, soundness.ensemble)
+        self.soundness, self.noise, self.ranks = soundness, noise, ranks
         self.new_tokens = 0
         self.unfinished: torch.Tensor | None = None  # [B]
 
-    def __call__(self, input_ids, scores, **kwargs):
-        self.steps += 1
-        wanted = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
+    def _lost(self, wanted):
         if self.unfinished is not None and pads_finished_rows(self):
             wanted = self.unfinished
-        lost = self.ranks.agree(self.soundness.lost.to(wanted.device) & wanted)
-        count, any_lost, row = torch.stack([wanted.sum(), lost.sum(), lost.long().argmax()]).tolist()
-        if any_lost:
-            raise self.soundness.ensemble.fault(row, f"New token {self.steps} of row {row}")
+        return self.ranks.agree(self.soundness.lost.to(wanted.device) & wanted), wanted
+
+    def __call__(self, input_ids, scores, **kwargs):
+        count = self._step(input_ids)
         if scores is not None and self.noise is not None:
             scores = self.noise.log_probs
         done = self.ranks.agree(super().__call__(input_ids, scores, **kwargs))
@@ -102,102 +118,109 @@ class _Criteria(StoppingCriteriaList):
         return done
 
 
-class _BeamCriteria(StoppingCriteriaList):
-    """The stopping criteria of a beam search, which by itself would go on from nan. Beams without a token just end."""
+class _BeamCriteria(_Criteria):
+    """For a beam search, which by itself would go on from nan. Beams without a token just end."""
 
-    def __init__(self, criteria: StoppingCriteriaList, ensemble: EnsembleLogitsProcessor):
-        super().__init__(criteria)
-        self.ensemble = ensemble
-        self.steps = 0
+    unit = "beam"
+
+    def _lost(self, wanted):
+        return self.ensemble.distribution.peak[:, 0].isnan(), wanted
 
     def __call__(self, input_ids, scores, **kwargs):
-        self.steps += 1
-        lost = self.ensemble.distribution.peak[:, 0].isnan()
-        any_lost, row = torch.stack([lost.sum(), lost.long().argmax()]).tolist()
-        if any_lost:
-            raise self.ensemble.fault(row, f"New token {self.steps} of beam {row}")
+        self._step(input_ids)
         return super().__call__(input_ids, scores, **kwargs)
 
 
-def standard(
-    model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-    drafter, config, kwargs_of, ranks, model_kwargs,
-):  # fmt: skip
-    if config.trace:
+def standard(call: Call):
+    """Decodes a call; returns what `ensemble_decoding` does."""
+    if call.config.trace:
         warn_once("`trace=True` records what a speculative ensemble does; the standard ensemble leaves no trace.")
-    beams = generation_config.num_beams or 1
-    shares_noise = generation_config.do_sample and config.coupling == "gumbel" and beams == 1
-    if drafter is not None:
+    if call.drafter is not None:
         warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
-    roles = Roles.of(config, [m.num_parameters() for m in [model, *assistants]])
-    titles = titles_of([model, *assistants], roles.order[: roles.members])
-    config = replace(config, num_assistant_tokens=AUTO)  # plays no role, and need not fit the members that are left
-    if roles.members > 1:  # the others have no weight
-        config = roles.config(config)
-        assistants = [[model, *assistants][i] for i in roles.order[1 : roles.members]]
-    check_prompt(input_ids, [model, *assistants])
-    max_length = stopping_criteria.max_length or generation_config.max_length
-    running = Running.of(generation_config, given_cache(model_kwargs), max_length, input_ids.device)
-    stepper = None
-    if running.compile_config is not None and beams == 1:
-        given = given_cache(without_fresh_static_cache(model_kwargs))
-        stepper = Stepper(running.runner(model, len(input_ids), given), given)
-        model_kwargs = {**without_cache(model_kwargs), OUTPUT_CACHE: stepper.cache}
-    ensemble = EnsembleLogitsProcessor.for_generate(
-        model,
-        assistants,
-        config,
-        process=PositionwiseProcessor(logits_processor, beams=beams > 1),
-        assistant_kwargs=kwargs_of(assistants),
-        running=running,
-        ranks=ranks,
-        normalize=beams > 1,
-        names=titles,
-        form="log_probs" if beams > 1 or generation_config.do_sample or generation_config.output_scores else "scores",
-    )
-    ensemble.check_members(input_ids)
-    soundness = _Soundness(ensemble)
-    processors = LogitsProcessorList([ensemble] if beams > 1 else [ensemble, soundness])
-    noise = None
-    if shares_noise:
-        noise = _SharedNoise(input_ids.shape[1], keep=bool(generation_config.output_scores))
-        processors.append(noise)
-        generation_config = copy.copy(generation_config)
-        generation_config.do_sample = False  # the draw is an argmax now
-
-    if beams > 1:
-        criteria = _BeamCriteria(stopping_criteria, ensemble)
-    else:
-        criteria = _Criteria(stopping_criteria, soundness, noise, ranks)
+    beams = (call.generation_config.num_beams or 1) > 1
+    ensemble = _ensemble(call, beams)
+    ensemble.try_members(call.input_ids)
     start = time.perf_counter()
-    arguments = dict(
-        logits_processor=processors,
-        stopping_criteria=criteria,
-        generation_config=generation_config,
-        synced_gpus=synced_gpus,
-        **model_kwargs,
+    if beams:
+        criteria = _BeamCriteria(call.stopping_criteria, ensemble)
+        with all_locks_of([call.model, *ensemble.assistants]):
+            return call.model._beam_search(call.input_ids, **_arguments(call, criteria, [ensemble]))
+    soundness = _Soundness(ensemble)
+    noise = _noise(call)
+    criteria = _TokenCriteria(call.stopping_criteria, soundness, noise, call.ranks)
+    output = _sample(call, criteria, [ensemble, soundness, *([noise] if noise else [])])
+    if isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)):
+        if noise is not None and output.scores is not None:
+            output["scores"] = noise.log_probs
+        stats = _stats(ensemble, criteria.new_tokens, time.perf_counter() - start)
+        return output_class(call.model)(**output, stats=stats)
+    return output
+
+
+def _ensemble(call: Call, beams: bool) -> EnsembleLogitsProcessor:
+    """The processor that combines the members which have a weight."""
+    models = [call.model, *call.assistants]
+    roles = Roles.of(call.config, [model.num_parameters() for model in models])
+    config = replace(call.config, num_assistant_tokens=AUTO)  # plays no role, and need not fit the members left
+    members = [models[i] for i in roles.order[: roles.members]] if roles.members > 1 else models
+    if roles.members > 1:
+        config = roles.config(config)
+    check_prompt(call.input_ids, members)
+    samples = call.generation_config.do_sample or call.generation_config.output_scores
+    return EnsembleLogitsProcessor.for_call(
+        call,
+        members[1:],
+        config,
+        form="log_probs" if beams or samples else "scores",
+        names=titles_of(models, roles.order[: roles.members]),
     )
-    with all_locks_of([model, *assistants]):
-        if beams > 1:
-            return model._beam_search(input_ids, **arguments)
-        sample = model._sample if stepper is None else partial(model._sample.__func__, stepper)
-        output = sample(input_ids, streamer=streamer, **arguments)
+
+
+def _noise(call: Call) -> _SharedNoise | None:
+    config = call.generation_config
+    if not config.do_sample or call.config.coupling != "gumbel":
+        return None
+    return _SharedNoise(call.input_ids.shape[1], keep=bool(config.output_scores))
+
+
+def _arguments(call: Call, criteria: StoppingCriteriaList, processors: list[LogitsProcessor]) -> dict[str, Any]:
+    """Of transformers' own loops."""
+    return dict(
+        logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=criteria,
+        generation_config=call.generation_config,
+        synced_gpus=call.synced_gpus,
+        **call.model_kwargs,
+    )
+
+
+def _sample(call: Call, criteria: _TokenCriteria, processors: list[LogitsProcessor]):
+    """transformers' loop for greedy decoding and sampling, over compiled passes if the call asks for these."""
+    arguments, stepper, ensemble = _arguments(call, criteria, processors), None, criteria.ensemble
+    if criteria.noise is not None:
+        arguments["generation_config"] = copy.copy(call.generation_config)
+        arguments["generation_config"].do_sample = False  # the draw is an argmax now
+    if call.running.compile_config is not None:
+        given = given_cache(without_fresh_static_cache(call.model_kwargs))
+        stepper = Stepper(call.running.runner(call.model, len(call.input_ids), given), given)
+        arguments = {**without_cache(arguments), OUTPUT_CACHE: stepper.cache}
+    sample = call.model._sample if stepper is None else partial(call.model._sample.__func__, stepper)
+    with all_locks_of([call.model, *ensemble.assistants]):
+        output = sample(call.input_ids, streamer=call.streamer, **arguments)
     ensemble.close()
     if stepper is not None:
         stepper.finish(output)
-    if not isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)):
-        return output
-    if shares_noise and output.scores is not None:
-        output["scores"] = noise.log_probs
-    seconds = time.perf_counter() - start
-    steps, inside = ensemble.passes[0], ensemble.seconds
-    stats = EnsembleStats(
-        new_tokens=criteria.new_tokens,
-        forward_passes=[steps, *ensemble.passes],
-        proposed=[0] * (1 + len(assistants)),
-        verified=[0] * (1 + len(assistants)),
-        accepted=[0] * (1 + len(assistants)),
+    return output
+
+
+def _stats(ensemble: EnsembleLogitsProcessor, new_tokens: int, seconds: float) -> EnsembleStats:
+    inside, nothing = ensemble.seconds, [0] * (1 + len(ensemble.assistants))
+    return EnsembleStats(
+        new_tokens=new_tokens,
+        forward_passes=[ensemble.passes[0], *ensemble.passes],
+        proposed=nothing,
+        verified=list(nothing),
+        accepted=list(nothing),
         seconds=seconds,
         member_seconds=[seconds - sum(inside), *inside],
     )
-    return output_class(model)(**output, stats=stats)

@@ -66,26 +66,24 @@ class Reading:
     unknown: str | None = None
 
 
-def check_reading(
-    members: Sequence[Member], prompt: torch.Tensor, speculative: bool, ranks: Ranks, longest: int | None = None
-) -> None:
+def check_reading(members: Sequence[Member], speculative: bool, ranks: Ranks, new_tokens: int | None = None) -> None:
     """
     Finds out how members read that have read nothing yet, and lets them do as it suits them; warns once of what a user
     should know.
 
     Args:
         members (`Sequence[Member]`): Drafters among them.
-        prompt (`torch.Tensor` `[B, P]`): For its shape.
         speculative (`bool`): Whether they will read several tokens at once and take some back.
         ranks (`Ranks`): The processes that decode together.
-        longest (`int`, *optional*): Tokens of the longest text, prompt included.
+        new_tokens (`int`, *optional*): Of the longest text.
 
     Raises:
         `ValueError`: naming a model that cannot read so, what was found, and what to do.
     """
-    rows = len(prompt) > 1
     for member in members:
-        _check_positions(member, prompt.shape[1], longest, speculative)
+        rows = len(member.prompt) > 1
+        longest = None if new_tokens is None else member.prompt_length + new_tokens
+        _check_positions(member, longest, speculative)
         padded = not member.prompt_visible.all()
         reading = ranks.agree_on(reading_of(member, speculative, rows, padded, longest))
         name = type(member.model).__name__
@@ -122,11 +120,11 @@ def _instead_of(member: Member, speculative: bool, rows: bool, padded: bool) -> 
     return "use other members"
 
 
-def _check_positions(member: Member, prompt_length: int, longest: int | None, speculative: bool) -> None:
+def _check_positions(member: Member, longest: int | None, speculative: bool) -> None:
     """Raises for rotary embeddings that change within the text: what was read before would have to be read again."""
     kind, limit = _rope(member.model)
     crosses = kind is not None and longest is not None and longest > limit
-    if not crosses or (kind == DYNAMIC and not speculative) or (kind == LONG and prompt_length > limit):
+    if not crosses or (kind == DYNAMIC and not speculative) or (kind == LONG and member.prompt_length > limit):
         return
     standard = f", or use {STANDARD}" if kind == DYNAMIC else ""
     raise ValueError(
@@ -179,7 +177,6 @@ class _Trial:
         self.padded = rows and padded
         own = member.prompt_length if member.model.config.is_encoder_decoder else PROMPT
         self.prompt_length = min(own, PROMPT) + self.padded
-        self.length = self.prompt_length + AFTER_PROMPT
         self.kwargs = _source(model, member.kwargs, self.rows)
         self.tolerance = _tolerance(model)
         self.padding = 0.0  # the difference that padding makes
@@ -259,18 +256,18 @@ class _Trial:
             whole = self._uncached(text)
         except Exception as error:
             raise _CannotRead(_in_short(error)) from error
-        member, _ = self._begin(text, self.static, self.prompt_length)
-        for end in (self.prompt_length + 1, self.prompt_length + 2):
-            yield _difference(member.score(text, self._all(end)), whole[:, [end - self.prompt_length]])
+        member, _ = self._begin(text, self.static, end=0)
+        for end in (1, 2):
+            yield _difference(self._score(member, text, end), whole[:, [end]])
 
     def _after_roll_back(self, text: torch.Tensor) -> Iterator[float]:
         """Several tokens at once and then one, after others were forgotten, in all rows alike."""
         member, whole = self._begin(text, self.static)
-        kept = self._all(self.prompt_length + 1)
+        kept = self._all(1)
         if self.static:
             _, whole = self._begin(text, static=False)
         if needs_snapshots(self.model):  # it has read the prompt by itself, for a state to go back to
-            _, whole = self._begin(text, self.static, settled=self.length)
+            _, whole = self._begin(text, self.static, settled=AFTER_PROMPT)
             yield from self._in_pieces(member, whole, text, kept)  # passes over one token may write to states in place
         yield from self._in_pieces(member, whole, text, kept)
 
@@ -280,28 +277,28 @@ class _Trial:
         if static:
             _, whole = self._begin(text, static=False)
         gap = 0 if member.windowed else self.gap
-        return self._in_pieces(member, whole, text, self.prompt_length + np.array([2, 1]), gap)
+        return self._in_pieces(member, whole, text, np.array([2, 1]), gap)
 
     def _in_pieces(
         self, member: Member, whole: torch.Tensor, text: torch.Tensor, kept: np.ndarray, gap: int = 0
     ) -> Iterator[float]:
         """
-        Goes back to the first `kept[b]` tokens of each row and reads the others again, the last one by itself behind a
-        gap of so many slots.
+        Goes back to the first `kept[b]` tokens behind the prompt of each row and reads the others again, the last one
+        by itself behind a gap of so many slots.
         """
-        member.forget(kept, self._all(self.prompt_length))
-        for end in (self.length - 1, self.length):
-            if end == self.length:
+        member.forget(kept, self._all(0))
+        for end in (AFTER_PROMPT - 1, AFTER_PROMPT):
+            if end == AFTER_PROMPT:
                 member.insert_masked(gap)
-            seen, logits = member.seen, member.score(text, self._all(end))
+            seen, logits = member.seen, self._score(member, text, end)
             for row, first in enumerate(seen):
-                wanted = whole[row, first + 1 - self.prompt_length : end + 1 - self.prompt_length]
+                wanted = whole[row, first + 1 : end + 1]
                 yield _difference(logits[row, : len(wanted)], wanted)
 
     def _uncached(self, text: torch.Tensor) -> torch.Tensor:
         """The logits `[rows, K, V]` behind the prompt and every later token, without a cache."""
         member = UncachedMember(self.model, self.kwargs, text[:, : self.prompt_length])
-        return member.score(text, self._all(self.length))
+        return self._score(member, text, AFTER_PROMPT)
 
     def _new(self, text: torch.Tensor, static: bool) -> Member:
         """A member that has read nothing."""
@@ -315,19 +312,20 @@ class _Trial:
         return member_of(self.model, kwargs, prompt, runner)
 
     def _begin(
-        self, text: torch.Tensor, static: bool, end: int | None = None, settled: int = 0
+        self, text: torch.Tensor, static: bool, end: int = AFTER_PROMPT, settled: int | None = None
     ) -> tuple[Member, torch.Tensor]:
-        """A member that has read the text up to `end`, and its logits `[rows, K, V]` behind the prompt."""
+        """A member that has read `end` tokens behind the prompt, and its logits `[rows, K, V]` from there on."""
         try:
             member = self._new(text, static)
-            member.settled = self._all(settled)
-            logits = member.score(text, self._all(end or self.length))
+            if settled is not None:
+                member.settled = self._all(settled)
+            logits = self._score(member, text, end)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise _CannotRead(_in_short(error)) from error
         self.has_read = True
-        if self.padded and end is None:
+        if self.padded and end == AFTER_PROMPT:
             self.padding = _difference(logits[1, 1:], logits[0, :-1])
         return member, logits
 
@@ -337,10 +335,14 @@ class _Trial:
         special = set(_numbers_in(self.model.config, "_token_id", "_token_index"))
         ordinary = [token for token in range(min(config.vocab_size, 2**16)) if token not in special] or [0]
         golden = 0.6180339887
-        places = [(1 + number * self.length + i) * golden % 1 for i in range(self.length)]
+        length = self.prompt_length + AFTER_PROMPT
+        places = [(1 + number * length + i) * golden % 1 for i in range(length)]
         row = [ordinary[int(place * len(ordinary))] for place in places]
         rows = [row, [ordinary[0], *row[:-1]] if self.padded else row][: self.rows]
         return torch.tensor(rows, device=device_of(self.model))
+
+    def _score(self, member: Member, text: torch.Tensor, end: int) -> torch.Tensor:
+        return member.score(text[:, self.prompt_length :], self._all(end))
 
     def _all(self, length: int) -> np.ndarray:
         return np.full(self.rows, length)

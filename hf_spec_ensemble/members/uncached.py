@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..compat import cache_names
 from ..ensemble.padded import columns, pick
+from .cached import CachedMember
 from .member import Member
 from .runner import Runner
 
@@ -23,8 +24,8 @@ def member_of(
     prompt: torch.Tensor,
     runner: Runner | None = None,
 ) -> Member:
-    """A `Member` with a cache where the model takes one, else one that reads the whole text in every pass."""
-    return (Member if can_cache(model) else UncachedMember)(model, kwargs, prompt, runner)
+    """A member with a cache where the model takes one, else one that reads the whole text in every pass."""
+    return (CachedMember if can_cache(model) else UncachedMember)(model, kwargs, prompt, runner)
 
 
 class UncachedMember(Member):
@@ -33,31 +34,18 @@ class UncachedMember(Member):
     of the rows again: exact, and slow for long texts. Rows are padded behind their tokens. Arguments as for `Member`.
     """
 
-    def __init__(self, model, kwargs, prompt, runner=None):
-        self._begin(model, kwargs, prompt, runner or Runner(model))
-        self.seen = np.zeros(len(prompt), int)
-        self.settled = self.seen
-        self.cache = None
-        self.windowed = self.minds_hidden_slots = False  # a roll-back leaves no slots behind
-
-    @property
-    def in_step(self):
-        return False
-
     @property
     def visible(self):
-        """Which tokens `[B, S]` of the text attention sees."""
-        index = np.arange(int(self.seen.max()))
-        return self._visible(index < self.seen[:, None])
+        return self._visible(self._index(self.seen) < self.seen[:, None])
 
-    def score(self, ids, end, width=0):
+    def score(self, new, end, width=0):
         """As `Member.score`; `width` plays no role."""
-        before = np.maximum(self.seen, self.prompt_length - 1)
-        index = columns(np.zeros_like(end), int(end.max()))
+        before = np.maximum(self.seen, -1)
+        index = self._index(end)  # [B, S]
         inputs = self._inputs(
-            ids[:, : index.shape[1]],
+            self._text(new, int(end.max())),
             self._visible(index < end[:, None]),
-            positions=np.minimum(index, np.maximum(end - 1, 0)[:, None]),
+            positions=np.minimum(index, (end - 1)[:, None]),
             masked=False,
             use_cache=False,
             is_first_iteration=True,
@@ -70,26 +58,16 @@ class UncachedMember(Member):
             logits, _ = self.runner.run(inputs, 0)
             self.stopwatch.stop(None)
         self.seen, self.passes = np.maximum(self.seen, end), self.passes + 1
-        return pick(logits[:, -index.shape[1] :], columns(before, needed))
-
-    def _visible(self, read: np.ndarray) -> np.ndarray:
-        """Of the tokens `[B, S]` that are read, those that the prompt's mask does not hide."""
-        length = min(self.prompt_length, read.shape[1])
-        read[:, :length] &= self.prompt_visible[:, :length]
-        return read
+        return pick(logits[:, -index.shape[1] :], columns(before + self.prompt_length, needed))
 
     def forget(self, length, settled):
         self.seen, self.settled = np.minimum(self.seen, length), settled
 
-    def insert_masked(self, slots):
-        pass
+    def _index(self, end: np.ndarray) -> np.ndarray:
+        """The numbers `[B, S]` of the tokens up to the longest row's end, those of the prompt negative."""
+        return columns(np.full_like(end, -self.prompt_length), self.prompt_length + max(int(end.max()), 0))
 
-    def release(self, length, copied=True):
-        return None
-
-    def close(self):
-        pass
-
-    def reorder(self, rows):
-        self._reorder_prompt(rows)
-        self.seen, self.settled = self.seen[rows.numpy()], self.settled[rows.numpy()]
+    def _visible(self, read: np.ndarray) -> np.ndarray:
+        """Of the tokens `[B, S]` that are read, those that the prompt's mask does not hide."""
+        read[:, : self.prompt_length] &= self.prompt_visible
+        return read

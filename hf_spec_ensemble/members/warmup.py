@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import CompileConfig, PreTrainedModel
 
 from .adapters import is_model
-from .member import Member
+from .cached import CachedMember
 from .placement import device_of
 from .runner import SETTLED, WIDTHS, Running
 
@@ -80,14 +80,14 @@ def warmup(
     with tqdm(total=len(members) * len(widths), desc="compiling", unit="pass", disable=not progress) as bar:
         for model, runner in zip(members, runners):
             start = time.perf_counter()
-            ids = torch.ones(batch_size, 1 + max(WIDTHS), dtype=torch.long, device=device_of(model))
-            member = Member(model, {}, ids[:, :1], runner)
-            prompt = np.ones(batch_size, int)
-            member.score(ids, prompt)
+            ids = torch.ones(batch_size, max(WIDTHS), dtype=torch.long, device=device_of(model))
+            member = CachedMember(model, {}, ids[:, :1], runner)
+            nothing = np.zeros(batch_size, int)
+            member.score(ids, nothing)
             for width in widths:
                 for _ in range(SETTLED):
-                    member.score(ids, prompt + width)
-                    member.forget(prompt, settled=prompt)
+                    member.score(ids, nothing + width)
+                    member.forget(nothing, settled=nothing)
                 bar.update()
             member.close()
             seconds.append(time.perf_counter() - start)

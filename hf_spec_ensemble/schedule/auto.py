@@ -110,14 +110,16 @@ class Auto(Schedule):
         """The plan's lengths; before there is one, those of the start."""
         return self.memory.plan.turns if self.memory.plan else self._start
 
-    def proposes(self, situation, confidence) -> bool:
+    def proposes(self, situation, confidence) -> int:
         author = situation.current
         if not self.may_propose[author] or self._takes_measure():
-            return False
+            return 0
+        if author == self.turns.at_once:
+            return self._length_at_once(situation, confidence)
         if self.memory.plan is None:
-            return True
+            return 1
         rows = [row for row, own in enumerate(confidence) if own is not None]
-        return sum(self._gain_of_proposing(situation, row, confidence[row]) for row in rows) > 0
+        return int(sum(self._gain_of_proposing(situation, row, confidence[row]) for row in rows) > 0)
 
     def next(self, situation) -> tuple[int, int]:
         turns = self.turns
@@ -125,9 +127,8 @@ class Auto(Schedule):
             return situation.current, situation.turn + 1
         return turns.hand_over(situation)
 
-    def draft(self, situation, confidence) -> int:
-        plan = self.memory.plan
-        if plan is None or self._takes_measure():
+    def _length_at_once(self, situation: Situation, confidence: Sequence[float | None]) -> int:
+        if self.memory.plan is None:
             return 0
         chances = {
             row: self.memory.acceptance[situation.current].chance(own)

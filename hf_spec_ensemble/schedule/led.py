@@ -32,14 +32,11 @@ class Led(Schedule):
     def _agree(self, *numbers: int) -> tuple[int, ...]:
         return tuple(self.ranks.agree(torch.tensor(numbers)).tolist())
 
-    def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> bool:
-        return bool(*self._agree(self.schedule.proposes(situation, confidence)))
+    def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> int:
+        return self._agree(self.schedule.proposes(situation, confidence))[0]
 
     def next(self, situation):
         return self._agree(*self.schedule.next(situation))
-
-    def draft(self, situation, confidence):
-        return self._agree(self.schedule.draft(situation, confidence))[0]
 
     def width(self, author, width):
         return self._agree(self.schedule.width(author, width))[0]

@@ -33,12 +33,13 @@ class Schedule:
     """
     What decides who runs, who proposes and how wide a pass is; told of what came of it.
 
-    Subclasses define `proposes`, `next` and `draft`; the rest does nothing unless overridden.
+    Subclasses define `proposes` and `next`; the rest does nothing unless overridden.
     """
 
-    def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> bool:
+    def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> int:
         """
-        Whether the author that ran last proposes a token in the rows that are open and of which it has seen all.
+        How many tokens the author that ran last may propose in each row: 0, 1, or more if its proposals come all at
+        once.
 
         Args:
             confidence (`Sequence[float]`, B): As in `Situation.pending`, of the proposals in question; `None` for rows
@@ -48,15 +49,6 @@ class Schedule:
 
     def next(self, situation: Situation) -> tuple[int, int]:
         """The author that runs now, and its consecutive runs with this one. Some member has something to read."""
-        raise NotImplementedError
-
-    def draft(self, situation: Situation, confidence: Sequence[float | None]) -> int:
-        """
-        How many tokens the drafter that runs now, and whose proposals come all at once, may propose in each open row.
-
-        Args:
-            confidence (`Sequence[float]`, B): Its own, of all it proposes in the row.
-        """
         raise NotImplementedError
 
     def width(self, author: int, width: int) -> int:
@@ -111,11 +103,9 @@ class Turns(Schedule):
     def turns(self) -> "Turns":
         return self
 
-    def proposes(self, situation, confidence) -> bool:
-        return self.lengths[situation.current] > 0
-
-    def draft(self, situation, confidence) -> int:
-        return self.lengths[self.at_once]
+    def proposes(self, situation, confidence) -> int:
+        length = self.lengths[situation.current]
+        return length if situation.current == self.at_once else min(length, 1)
 
     def next(self, situation) -> tuple[int, int]:
         current, turn = situation.current, situation.turn

@@ -18,20 +18,21 @@ class NoRecord:
     def ran(self, author: int, first: np.ndarray | None = None, count: np.ndarray | None = None) -> None:
         """A pass of an author has scored `count[b]` positions of row b from `first[b]` on; a generator's call none."""
 
-    def timed(self, author: int, width: int | None, seconds: float) -> None:
-        """The author's first pass that was not timed yet read so many tokens in each row (`None`: the prompt)."""
+    def timed(self, author: int, tokens: int, seconds: float) -> None:
+        """The author's first pass that was not timed yet read so many tokens in each row."""
 
     def proposed(self, author: int, turn: int, count: np.ndarray) -> None:
         """An author has proposed `count[b]` tokens in row b in its so-many-th consecutive pass, from 1."""
 
-    def verified(self, start, candidates, acceptance, accepted, gained, tokens, falls) -> None:
+    def verified(self, start, candidates, acceptance, outcome) -> None:
         """
-        A round has ended: rows `[B]` have gained `gained[b]` tokens from `start[b]` on, the first `accepted[b]` of them
-        proposals, perhaps behind these `tokens[b]`; what was pending behind them has perhaps fallen (`falls[b]`).
+        A round has ended.
 
         Args:
+            start (`np.ndarray` `[B]`): The positions of the first tokens that were gained.
             candidates (`Candidates`): With `probs` and `q`.
             acceptance (`torch.Tensor` `[B, K]`): The proposals' probability of being kept.
+            outcome (`Outcome`): What it has come to.
         """
 
 
@@ -41,14 +42,11 @@ class Recorder(NoRecord):
 
     Args:
         prompt (`torch.LongTensor` `[B, P]`).
-        models (`int`): How many authors are models; what others do is no forward pass.
     """
 
     on = True
 
-    def __init__(self, prompt: torch.Tensor, models: int):
-        self.models = models
-        self.prompt_length = prompt.shape[1]
+    def __init__(self, prompt: torch.Tensor):
         self.prompts = prompt[:, -CONTEXT:].tolist()
         self.rows: list[list[TokenTrace]] = [[] for _ in prompt]
         self.passes: list[PassTrace] = []
@@ -66,30 +64,29 @@ class Recorder(NoRecord):
                 for position in range(start, start + n):
                     scored.setdefault(position, []).append(index)
 
-    def timed(self, author, width, seconds):
+    def timed(self, author, tokens, seconds):
         index = self._untimed[author].popleft()
-        read = 0 if author >= self.models else width or self.prompt_length
-        self.passes[index] = replace(self.passes[index], tokens=read, seconds=seconds)
+        self.passes[index] = replace(self.passes[index], tokens=tokens, seconds=seconds)
 
     def proposed(self, author, turn, count):
         for pending, n in zip(self._pending, count.tolist()):
             pending += [(author, turn + j) for j in range(n)]
 
-    def verified(self, start, candidates, acceptance, accepted, gained, tokens, falls):
+    def verified(self, start, candidates, acceptance, outcome):
         drafts = candidates.tokens.unsqueeze(-1)
         r, q = (values.gather(-1, drafts).squeeze(-1).tolist() for values in (candidates.probs, candidates.q))
         drafts, acceptance = drafts.squeeze(-1).tolist(), acceptance.tolist()
-        for b, (n, kept) in enumerate(zip(gained.tolist(), accepted.tolist())):
+        for b, (n, kept) in enumerate(zip(outcome.gained.tolist(), outcome.kept.tolist())):
             for j in range(n):
                 draft = None
                 if j < candidates.proposed[b]:
                     draft = DraftTrace(drafts[b][j], *self._pending[b][j], q[b][j], r[b][j], acceptance[b][j])
-                token = drafts[b][j] if j < kept else int(tokens[b])
+                token = drafts[b][j] if j < kept else int(outcome.tokens[b])
                 position = int(start[b]) + j
                 self.rows[b].append(
                     TokenTrace(
                         row=b,
-                        position=position - self.prompt_length,
+                        position=position,
                         token=token,
                         probability=float(candidates.probs[b, j, token]),
                         draft=draft,
@@ -97,8 +94,8 @@ class Recorder(NoRecord):
                         passes=tuple(self._scored[b].pop(position)),
                     )
                 )
-            del self._pending[b][: None if falls[b] else n]
-            if falls[b]:
+            del self._pending[b][: None if outcome.falls[b] else n]
+            if outcome.falls[b]:
                 self._scored[b].clear()
         self.round += 1
 

@@ -9,7 +9,7 @@ from families import FAMILIES, PAD, VOCAB, prompts, tiny
 from transformers import DynamicCache, StaticCache
 
 from hf_spec_ensemble.members.cache import can_roll_back, empty_cache
-from hf_spec_ensemble.members.member import Member
+from hf_spec_ensemble.members.cached import CachedMember
 
 
 @torch.no_grad()
@@ -26,23 +26,24 @@ def test_scores_after_any_history_are_those_of_the_whole_prefix(family, batch):
     choice = random.Random(1)
     ids = torch.cat([inputs["input_ids"], torch.full((batch, 100), PAD)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(batch, 100, dtype=torch.long)], 1)
-    member = Member(model, {"attention_mask": inputs["attention_mask"]}, inputs["input_ids"])
-    settled = np.full(batch, 6)
-    for step in range(40):
-        end = np.maximum(member.seen, 7) if step == 0 else member.seen.copy()
+    member = CachedMember(model, {"attention_mask": inputs["attention_mask"]}, inputs["input_ids"])
+    settled = np.zeros(batch, int)
+    new = ids[:, 7:]
+    for _ in range(40):
+        end = np.maximum(member.seen, 0)
         for row in range(batch):
             fresh = choice.choice([0, 1, 1, 2, 4] if batch > 1 else [1, 2, 4])
-            fresh = min(fresh, ids.shape[1] - int(end[row]))
-            ids[row, end[row] : end[row] + fresh] = torch.randint(VOCAB, (fresh,))
+            fresh = min(fresh, new.shape[1] - int(end[row]))
+            new[row, end[row] : end[row] + fresh] = torch.randint(VOCAB, (fresh,))
             end[row] += fresh
         if not (end > member.seen).any():
             continue
         before = member.seen.copy()
-        logits = member.score(ids, end, width=choice.choice([0, 5]))  # padded or not
+        logits = member.score(new, end, width=choice.choice([0, 5]))  # padded or not
         assert member.seen.tolist() == end.tolist()
         for row in range(batch):
-            first = max(int(before[row]), 6)  # of the prompt, only what follows its last token
-            wanted = alone(model, ids[row, : end[row]], mask[row, : end[row]])[first - end[row] :]
+            first = max(int(before[row]), -1)  # of the prompt, only what follows its last token
+            wanted = alone(model, ids[row, : 7 + end[row]], mask[row, : 7 + end[row]])[first - end[row] :]
             tolerance = 1e-4 if family == "mixtral" else 1e-9
             got = logits[row, : len(wanted)]
             if end[row] > before[row]:
@@ -55,12 +56,12 @@ def test_scores_after_any_history_are_those_of_the_whole_prefix(family, batch):
 
 def test_the_cache_of_a_single_row_is_cropped_and_holds_no_hidden_slots():
     model, inputs = tiny(), prompts(1)
-    ids = torch.cat([inputs["input_ids"], torch.randint(3, VOCAB, (1, 20))], 1)
-    member = Member(model, {}, inputs["input_ids"])
+    new = torch.randint(3, VOCAB, (1, 20))
+    member = CachedMember(model, {}, inputs["input_ids"])
     with torch.no_grad():
-        member.score(ids, np.array([12]))
-        member.forget(np.array([9]), np.array([9]))
-        member.score(ids, np.array([10]), width=4)
+        member.score(new, np.array([5]))
+        member.forget(np.array([2]), np.array([2]))
+        member.score(new, np.array([3]), width=4)
     assert member.cache.get_seq_length() == 13, "padded"
     member._tidy()
     assert member.cache.get_seq_length() == 10
@@ -70,15 +71,15 @@ def test_the_cache_of_a_single_row_is_cropped_and_holds_no_hidden_slots():
 def test_hidden_slots_stay_few():
     """Rows that never agree on what is rejected: the cache must not grow with the number of rejections."""
     model, inputs = tiny(), prompts(3)
-    ids = torch.cat([inputs["input_ids"], torch.randint(3, VOCAB, (3, 120))], 1)
-    member = Member(model, {}, inputs["input_ids"])
+    new = torch.randint(3, VOCAB, (3, 120))
+    member = CachedMember(model, {}, inputs["input_ids"])
     with torch.no_grad():
         for step in range(60):
-            end = np.maximum(member.seen, 7) + 4
-            member.score(ids, end)
+            end = np.maximum(member.seen, 0) + 4
+            member.score(new, end)
             keep = end - np.array([[1, 3, 3], [3, 1, 3], [3, 3, 1]])[step % 3]
             member.forget(keep, keep)
-    longest = int(member.seen.max())
+    longest = 7 + int(member.seen.max())
     assert member.cache.get_seq_length() < 1.5 * longest + 24
 
 

@@ -14,8 +14,8 @@ from transformers import CompileConfig, LogitsProcessor, StaticCache
 from transformers.cache_utils import StaticLayer
 
 import hf_spec_ensemble as se
+from hf_spec_ensemble.members.cached import COMPACT_AT
 from hf_spec_ensemble.members.costs import PassCosts, pass_costs
-from hf_spec_ensemble.members.member import COMPACT_AT
 from hf_spec_ensemble.members.runner import SETTLED, WIDTHS, CompiledRunner
 
 

@@ -1,0 +1,116 @@
+"""Call: what one `generate()` call hands to its decoding method."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import AssistedCandidateGenerator, CandidateGenerator, EosTokenCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from ..compat import encoded, given_cache, without_cache
+from ..config import EnsembleConfig
+from ..members.adapters import is_model
+from ..members.placement import Placed
+from ..members.ranks import Ranks
+from ..members.runner import Running
+
+
+@dataclass
+class Call:
+    """
+    A call that was checked. Nothing writes to it.
+
+    Args:
+        model, input_ids (`torch.LongTensor` `[B, P]`), logits_processor, stopping_criteria, generation_config,
+            synced_gpus, streamer, inputs_tensor, model_kwargs: As `generate()` hands them to its decoding methods.
+        assistants (`list[PreTrainedModel]`): The other members.
+        config (`EnsembleConfig`): Of `for_members`.
+        drafter: As `ensemble_decoding` takes it.
+        media (`dict[str, torch.Tensor]`): Images and videos that the main model has encoded already, as its caller gave
+            them.
+        ranks (`Ranks`): The processes that decode together.
+    """
+
+    model: PreTrainedModel
+    input_ids: torch.Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generation_config: GenerationConfig
+    synced_gpus: bool
+    streamer: BaseStreamer | None
+    assistants: list[PreTrainedModel]
+    config: EnsembleConfig
+    drafter: PreTrainedModel | str | CandidateGenerator | None
+    inputs_tensor: torch.Tensor | None
+    media: dict[str, torch.Tensor]
+    ranks: Ranks
+    model_kwargs: dict[str, Any]
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """`[model, *assistants]`, and the drafter if that is a model."""
+        return [self.model, *self.assistants, *([self.drafter] if is_model(self.drafter) else [])]
+
+    @property
+    def cache(self):
+        """The caller's, or what `generate()` made; `None` if there is none."""
+        return given_cache(self.model_kwargs)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text, prompt included."""
+        return self.stopping_criteria.max_length or self.generation_config.max_length
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Of the longest text."""
+        return self.max_length - self.input_ids.shape[1]
+
+    @property
+    def running(self) -> Running:
+        """How passes run."""
+        return Running.of(self.generation_config, self.cache, self.max_length, self.input_ids.device)
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Those that end a text."""
+        has_eos = any(isinstance(criterion, EosTokenCriteria) for criterion in self.stopping_criteria)
+        return self.generation_config._eos_token_tensor.tolist() if has_eos else []
+
+    @property
+    def pad_token_id(self) -> int:
+        """What follows the end of a row's text; 0 where nothing was named."""
+        pad = self.generation_config._pad_token_tensor
+        return 0 if pad is None else int(pad)
+
+    def returns(self, name: str) -> bool:
+        """Whether the output has `scores`, `logits` or, by `dict`, any names at all."""
+        as_dict = self.generation_config.return_dict_in_generate
+        return bool(as_dict and (name == "dict" or getattr(self.generation_config, f"output_{name}")))
+
+    def assistant_kwargs(self, assistants: list[PreTrainedModel]) -> list[dict]:
+        """
+        What each assistant's `forward` is given, on its device, as transformers' own candidate generator prepares it.
+        Every assistant encodes with its own encoders what these read.
+        """
+        input_ids, inputs_tensor, config = self.input_ids, self.inputs_tensor, self.generation_config
+        repeats = max(config.num_beams or 1, config.num_return_sequences or 1)
+        of_main_model = {
+            name: value for name, value in without_cache(self.model_kwargs).items() if name != "mm_encoder_outputs"
+        }
+        if inputs_tensor is not None:
+            inputs_tensor = inputs_tensor.repeat_interleave(len(input_ids) // len(inputs_tensor), dim=0)
+        prepared = []
+        for assistant in map(Placed, assistants):
+            kwargs = AssistedCandidateGenerator(
+                input_ids, assistant, config, of_main_model, inputs_tensor
+            ).assistant_kwargs
+            if self.media:
+                _, expanded = assistant._expand_inputs_for_generation(
+                    expand_size=repeats, is_encoder_decoder=False, input_ids=input_ids[::repeats], **self.media
+                )
+                kwargs |= {name: value.to(assistant.device) for name, value in expanded.items()}
+                kwargs = encoded(assistant, kwargs.get("inputs_embeds"), kwargs, None, config)
+            prepared.append(kwargs)
+        return prepared
