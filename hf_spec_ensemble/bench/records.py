@@ -104,7 +104,7 @@ class Records:
         if differences:
             raise ValueError(
                 f"{file} holds measurements that were made otherwise: {'; '.join(differences)}. Numbers of both "
-                "do not belong into one table: write to another folder with --out."
+                "do not belong into one table: go on with the former, or write to another folder with --out."
             )
         for i, record in enumerate(records, 2):
             if "kind" not in record or any(isinstance(part, (list, dict)) for part in key_of(record)):

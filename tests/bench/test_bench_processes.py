@@ -38,9 +38,6 @@ def write(part, lines, more=""):
     part.write_text("".join(json.dumps(line) + "\n" for line in lines) + more)
 
 
-# Who they are
-
-
 def test_launchers_tell_who_a_process_is(tmp_path, run_as, capsys):
     assert Process.of(launcher(1, 2)) == Process(1, 2, 1)
     assert Process.of({"PATH": "/bin"}) == Process(0, 1, 0)
@@ -65,9 +62,6 @@ def test_each_takes_a_gpu_of_its_own():
     assert Process().device("cuda") == "cuda"
 
 
-# Their files
-
-
 def test_parts_are_read_together_as_far_as_they_are_written(tmp_path):
     header, part = {"settings": {"dtype": "float32"}}, tmp_path / "records.rank1.jsonl"
     one, two = Records(tmp_path, header), Records(tmp_path, header, rank=1)
@@ -85,9 +79,6 @@ def test_parts_are_read_together_as_far_as_they_are_written(tmp_path):
     assert [line.get("group") for line in lines_in(part)] == [None, 1, 3]
     with pytest.raises(ValueError, match=r"records\.jsonl holds .* settings.dtype was 'float32' and is now 'b'"):
         Records(tmp_path, {"settings": {"dtype": "b"}})
-
-
-# Their work
 
 
 @pytest.mark.slow
