@@ -109,7 +109,7 @@ def test_records_that_are_no_objects(tmp_path, line, first):
     header = json.dumps({"kind": "header", "settings": {}})
     file.write_text(f"{line}\n" if first else f"{header}\n{line}\n")
     with pytest.raises(ValueError, match="records.jsonl"):
-        Records(file, {"settings": {}})
+        Records(tmp_path, {"settings": {}})
 
 
 @pytest.mark.parametrize("row", ["[]", "5", "null", "[" * 100_000, '{"question": 5, "answer": 5}'])

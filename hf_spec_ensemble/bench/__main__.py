@@ -12,7 +12,8 @@ transformers' own assisted generation, on tasks.
 The folder --out gets every measurement as JSON lines as it is made (the same command continues after an interrupt, and
 more tasks, variants or prompts may be added), a table in Markdown, and plots.
 
-Several processes share the prompts out among them, on GPUs one each:
+Several processes share the prompts out among them, on GPUs one each. Each writes a file of its own in --out, and the
+last one to end the table and plots:
 
     accelerate launch --multi_gpu --num_processes 2 -m hf_spec_ensemble.bench
     torchrun --nproc-per-node 2 -m hf_spec_ensemble.bench
@@ -29,7 +30,7 @@ from transformers.utils import logging
 from ..tools.arguments import add_config_arguments, config_of
 from .measure import Bench, environment
 from .plan import CURVES, Plan, Settings
-from .processes import Process, launch_notes, part_of, parts_of
+from .processes import Process, launch_notes
 from .records import Records
 from .report import write_report
 from .tasks import TASKS
@@ -109,34 +110,35 @@ def main(argv: list[str] | None = None) -> None:
         process = Process.of(os.environ)
         args.device = process.device(args.device)
         plan = Plan(settings_of(args))
-        bench = Bench(plan, _records(plan.settings, process), process)
+        header = {"settings": plan.settings.pinned(), "environment": environment(plan.settings)}
+        bench = Bench(plan, Records(plan.settings.out, header, process.rank), process)
     except (ValueError, OSError) as error:
         made.error(str(error))
+    if not process.leads and not bench.count_missing(process.rank):
+        return  # whoever has something to measure reports, and the leading process where nobody has
     for note in [*plan.notes, *launch_notes(os.environ)] if process.leads else ():
         print(note)
     try:
-        lost = bench.run()
+        bench.run()
     except (ValueError, OSError) as error:
         sys.exit(f"{made.prog}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"Interrupted. What was measured is in {bench.records.file}; the same command continues.")
-    if process.leads:
-        _report(bench, [*plan.notes, *lost])
+        sys.exit(f"Interrupted. What was measured is in {plan.settings.out}; the same command continues.")
+    _report(bench)
 
 
-def _records(settings: Settings, process: Process) -> Records:
-    """What this process writes to, knowing what all have measured, in earlier runs too."""
-    header = {"settings": settings.pinned(), "environment": environment(settings)}
-    file = settings.out / "records.jsonl"
-    records = Records(part_of(file, process.rank), header)
-    records.take_in([*parts_of(file), file])  # in the order in which merging moves records from the ones to the other
-    return records
-
-
-def _report(bench: Bench, notes: list[str]) -> None:
-    files = write_report(bench.records, bench.settings.out, notes)
+def _report(bench: Bench) -> None:
+    """Writes the report if all is measured. With several processes, that is so for the last one to end."""
+    if missing := bench.count_missing():
+        print(
+            f"Process {bench.process.rank} has measured its share. {missing} measurements of other processes are not "
+            "there yet. The last process to end writes the report. Should one be lost, run the same command again: it "
+            "measures what is missing, and writes the report."
+        )
+        return
+    files = write_report(bench.records, bench.settings.out, bench.plan.notes)
     print(files[0].read_text(encoding="utf-8"))
-    print(f"Written: {', '.join(str(file) for file in [bench.records.file, *files])}")
+    print(f"Written: {', '.join(map(str, [*bench.records.parts, *files]))}")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,10 @@ from ..members.warmup import warmup
 from ..tools.arguments import locate
 from ..version import __version__
 from .plan import Condition, Group, Plan, Settings
-from .processes import Heartbeat, Process, Watch, parts_of
+from .processes import Process
 from .records import Record, Records
 from .tasks import TASKS
 from .variants import COMPILED, STANDARD, Variant, repeats_standard
-
-
-POLL = 1.0  # seconds between looks at what other processes have measured
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -76,70 +73,42 @@ class Bench:
                 key = _key(condition, variant.name, group, seed, repeat)
                 if key in records and records[key]["prompt"] != _digest(group):
                     raise ValueError(
-                        f"Prompt {group.index} of {condition.task} is not the one in {records.file}: the data or the "
+                        f"Prompt {group.index} of {condition.task} is not the one in {records.folder}: the data or the "
                         "chat template have changed. Write to another folder with --out."
                     )
 
-    def run(self) -> list[str]:
-        """
-        Measures what is missing of the process's share, with a progress bar. The process that leads then sees to it
-        that all shares are measured, and merges them.
-
-        Returns:
-            `list[str]`: Notes about processes that were lost.
-        """
-        if not self.process.leads:
-            if self._count_missing(self.process.rank):
-                self.records.begin()
-                with Heartbeat(self.records.file):
-                    self._measure_share(self.process.rank)
-            return []
-        watch = Watch(self.records.file, self.process.others)
-        self._measure_share(self.process.rank)
-        notes = self._await_others(watch)
-        if parts := parts_of(self.records.file):
-            self.records.take_in(parts)
-            self.records.merge(parts)
-        return notes
-
-    def _await_others(self, watch: Watch) -> list[str]:
-        """Until nothing is missing, whatever becomes of the other processes; notes about those that were lost."""
-        notes: list[str] = []
-        waiting = list(self.process.others)
-        while waiting:
-            self.records.take_in(parts_of(self.records.file))
-            for rank in waiting:
-                missing = self._count_missing(rank)
-                if missing and watch.is_lost(rank):
-                    notes.append(f"Process {rank} was lost: process 0 made {missing} of its measurements.")
-                    self._measure_share(rank)
-            waiting = [rank for rank in waiting if self._count_missing(rank)]
-            if waiting:
-                time.sleep(POLL)
-        return notes
-
-    def _measure_share(self, rank: int) -> None:
-        units = [unit for condition in self.plan.conditions for unit in self._units(condition, rank)]
+    def run(self) -> None:
+        """Measures what is missing of the process's share, with a progress bar, and reads what others have by then."""
+        units = self._share(self.process.rank)
         done = sum(self._is_recorded(*unit) for unit in units)
         name = f"process {self.process.rank}: " if self.process.world > 1 else ""
         with tqdm(total=len(units), initial=done, unit="run", position=self.process.local_rank or None) as bar:
             for condition in self.plan.conditions:
-                missing = [unit for unit in self._units(condition, rank) if not self._is_recorded(*unit)]
+                missing = [u for u in self._units(condition, self.process.rank) if not self._is_recorded(*u)]
                 bar.set_description(name + describe(condition))
                 self._warm_up(condition, list({variant.name: variant for _, variant, *_ in missing}.values()))
                 for unit in missing:
                     self.records.add(self._measure(*unit))
                     bar.update()
-                self._compare(condition, rank)
+                self._compare(condition)
+        self.records.read()
 
-    def _count_missing(self, rank: int) -> int:
-        """How many measurements of a process's share there are not: runs, or when all are made, gaps."""
-        units = [unit for condition in self.plan.conditions for unit in self._units(condition, rank)]
-        runs = sum(not self._is_recorded(*unit) for unit in units)
+    def count_missing(self, rank: int | None = None) -> int:
+        """
+        How many measurements the records lack.
+
+        Args:
+            rank (`int`, *optional*): Of this process's share only; by default of the whole plan.
+        """
+        runs = sum(not self._is_recorded(*unit) for unit in self._share(rank))
+        # Gaps are known to be missing when all runs are made
         return runs or sum(len(list(self._divergences(condition, rank))) for condition in self.plan.conditions)
 
+    def _share(self, rank: int | None) -> list[tuple[Condition, Variant, Group, int, int]]:
+        return [unit for condition in self.plan.conditions for unit in self._units(condition, rank)]
+
     def _units(self, condition: Condition, rank: int | None = None) -> list[tuple[Condition, Variant, Group, int, int]]:
-        """What is to be measured, or a process's share, in order: `(condition, variant, group, seed, repeat)`."""
+        """What is to be measured, all or a process's share, in order: `(condition, variant, group, seed, repeat)`."""
         variants = self.plan.variants(condition)
         groups = [g for g in self.plan.groups(condition) if rank is None or self.process.rank_of(g.index) == rank]
         turns = product(range(self.settings.repeats), self.plan.seeds(condition), groups)
@@ -272,13 +241,13 @@ class Bench:
 
     # What the texts of greedy variants of the ensemble have to do with the standard ensemble's
 
-    def _compare(self, condition: Condition, rank: int) -> None:
+    def _compare(self, condition: Condition) -> None:
         """Records where greedy texts leave the standard ensemble's, and how close the decision was there."""
-        for key, ids in list(self._divergences(condition, rank)):
+        for key, ids in list(self._divergences(condition, self.process.rank)):
             self.records.add(key | {"gap": self._gap(condition, ids)})
 
-    def _divergences(self, condition: Condition, rank: int) -> Iterator[tuple[Record, list[int]]]:
-        """Those of a process's share that are not recorded, without gaps, and the ids up to where texts differ."""
+    def _divergences(self, condition: Condition, rank: int | None) -> Iterator[tuple[Record, list[int]]]:
+        """Those of a share that are not recorded, without gaps, and the ids up to where texts differ."""
         if condition.temperature > 0:
             return
         for _, variant, group, seed, repeat in self._units(condition, rank):

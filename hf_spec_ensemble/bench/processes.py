@@ -1,26 +1,13 @@
 """
-Several processes that measure one plan, each its share of the prompts, as `accelerate launch` or `torchrun` starts
-them.
+Several processes that measure one plan, as `accelerate launch` or `torchrun` starts them: which one this is, and which
+share of the prompts it has.
 
-They know of each other by files alone: none waits inside a collective operation for one that is gone. Process 0 writes
-the file of records, every other a part beside it, and all read all of them at the start. When process 0 has measured
-its share, it watches the parts until nothing is missing, measures itself what a lost process has left, and merges. If
-it is lost itself, the parts stay, and the same command goes on from them, with any number of processes.
-
-Processes on several machines need a folder that they share.
+No process waits for another or watches it. Each writes a part of the records, and what all parts lack is what the next
+run of the same command measures, with any number of processes.
 """
 
-import os
-import threading
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-
-
-BEAT = 5.0  # seconds after which a process shows that it lives
-SILENCE = 120.0  # seconds without that after which it counts as lost; network file systems tell of it a minute late
 
 
 @dataclass(frozen=True)
@@ -63,12 +50,8 @@ class Process:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that merges and reports."""
+        """Whether it is the one that speaks for all: notes on the plan, and a report of what was there already."""
         return self.rank == 0
-
-    @property
-    def others(self) -> range:
-        return range(1, self.world)
 
     def device(self, name: str) -> str:
         """A device by name: of several GPUs, each process on a machine takes its own, unless the name has a number."""
@@ -88,68 +71,3 @@ def launch_notes(environment: Mapping[str, str]) -> list[str]:
     if not asked or "WORLD_SIZE" in environment:
         return []
     return ["accelerate started one process only, as it does on CPUs: add --multi_gpu for several, or use torchrun."]
-
-
-def part_of(file: Path, rank: int) -> Path:
-    """Where a process keeps its records: `records.rank1.jsonl` beside `records.jsonl`, which is process 0's."""
-    return file if rank == 0 else file.with_suffix(f".rank{rank}{file.suffix}")
-
-
-def parts_of(file: Path) -> list[Path]:
-    """The parts that there are, of this run or earlier ones."""
-    return sorted(file.parent.glob(f"{file.stem}.rank*{file.suffix}"))
-
-
-class Heartbeat:
-    """
-    Touches a file from time to time while it is entered, which says that the process lives.
-
-    Args:
-        file (`Path`): Never made anew: when it is removed, all is merged.
-    """
-
-    def __init__(self, file: Path):
-        self._file = file
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> "Heartbeat":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while True:
-            with suppress(FileNotFoundError):
-                os.utime(self._file)
-            if self._over.wait(BEAT):
-                return
-
-
-class Watch:
-    """
-    Tells which processes are lost, by their parts. It compares what it saw with its own clock: machines' clocks differ.
-
-    Args:
-        file (`Path`): The records'.
-        ranks (`range`): Those that are watched.
-    """
-
-    def __init__(self, file: Path, ranks: range):
-        self._file = file
-        self._seen = {rank: (self._stamp(rank), time.monotonic()) for rank in ranks}
-
-    def is_lost(self, rank: int) -> bool:
-        """Whether nothing has been seen of it for long."""
-        stamp, now = self._stamp(rank), time.monotonic()
-        if stamp != self._seen[rank][0]:
-            self._seen[rank] = (stamp, now)
-        return now - self._seen[rank][1] > SILENCE
-
-    def _stamp(self, rank: int) -> int | None:
-        with suppress(FileNotFoundError):
-            return part_of(self._file, rank).stat().st_mtime_ns
-        return None

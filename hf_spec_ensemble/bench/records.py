@@ -1,12 +1,11 @@
 """The measurements as JSON lines: a header with all that they have in common, then one line for each, as it is made.
 
-A line's key is all that may differ within a file. What is in the file is not measured again; a file whose header is
-another is refused, for numbers of different settings or versions do not belong into one table.
+A folder holds a file of them for each process. A line's key is all that may differ within it. What is there is not
+measured again; a file whose header is another is refused, for numbers of different settings or versions do not belong
+into one table.
 """
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,16 @@ def key_of(record: Record) -> tuple:
 
 class Records:
     """
-    A file of records, new or continued. It is made with the first of them.
+    A folder of records, new or continued: `records.jsonl`, and `records.rank1.jsonl` and so on of further processes.
+    All these parts are read as one, whoever wrote them and in whatever order. One of them is written to.
 
     Args:
-        file (`Path`): JSON lines.
+        folder (`Path`): Made with the first record.
         header (`dict`): What all records share: `settings` and `environment`, of JSON types.
+        rank (`int`, *optional*, defaults to 0): The process whose part is written to.
 
     Raises:
-        `ValueError`: if the file has another header; the message names what differs. Or if it holds no records.
+        `ValueError`: if a part has another header; the message names what differs. Or if it holds no records.
 
     Example:
 
@@ -40,19 +41,30 @@ class Records:
     >>> from pathlib import Path
     >>> from hf_spec_ensemble.bench import Records
 
-    >>> file = Path(tempfile.mkdtemp()) / "records.jsonl"
-    >>> Records(file, {"settings": {"dtype": "float32"}}).add({"kind": "run", "variant": "auto", "seconds": 1.5})
-    >>> {"kind": "run", "variant": "auto"} in Records(file, {"settings": {"dtype": "float32"}})
+    >>> folder, header = Path(tempfile.mkdtemp()), {"settings": {"dtype": "float32"}}
+    >>> Records(folder, header, rank=1).add({"kind": "run", "variant": "auto", "seconds": 1.5})
+    >>> {"kind": "run", "variant": "auto"} in Records(folder, header)
     True
     """
 
-    def __init__(self, file: Path, header: Record):
-        self.file = file
+    def __init__(self, folder: Path, header: Record, rank: int = 0):
+        self.folder = folder
         self.header = header
-        whole, cut_off = _whole_lines(file)
-        self._records = self._parsed(file, whole)
-        if cut_off:
-            os.truncate(file, len(whole))  # not written anew: other processes may be reading
+        self._own = folder / (f"records.rank{rank}.jsonl" if rank else "records.jsonl")
+        self._begun = False
+        self.read()
+
+    @property
+    def parts(self) -> list[Path]:
+        """The files that there are, of this run or earlier ones."""
+        return sorted([*self.folder.glob("records.jsonl"), *self.folder.glob("records.rank*.jsonl")])
+
+    def read(self) -> None:
+        """Reads all parts, with what other processes have written by now, up to their last whole lines."""
+        self._records: dict[tuple, Record] = {}
+        for part in self.parts:
+            for key, record in self._parsed(part, _whole_lines(part)).items():
+                self._records.setdefault(key, record)  # what two have measured is the first part's, for all readers
 
     def __contains__(self, key: Record) -> bool:
         return key_of(key) in self._records
@@ -61,45 +73,26 @@ class Records:
         return self._records[key_of(key)]
 
     def of_kind(self, kind: str) -> list[Record]:
+        """The records of a kind, in no order that means something."""
         return [record for record in self._records.values() if record["kind"] == kind]
 
     def add(self, record: Record) -> None:
         """Keeps a record and writes its line at once."""
         self._records[key_of(record)] = record
-        self._append(record)
-
-    def begin(self) -> None:
-        """Makes the file, if there is none, with the header alone."""
-        if not (self.file.is_file() and self.file.stat().st_size):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(_line({"kind": "header", **self.header}), encoding="utf-8")
-
-    def take_in(self, files: Sequence[Path]) -> None:
-        """
-        Knows what other files hold too, which other processes may be writing to, without writing it.
-
-        Raises:
-            `ValueError`: if a file has another header.
-        """
-        for file in files:
-            for key, record in self._parsed(file, _whole_lines(file)[0]).items():
-                self._records.setdefault(key, record)
-
-    def merge(self, files: Sequence[Path]) -> None:
-        """Writes all that is known to the file, at once, and removes those that it was taken in from."""
-        temporary = self.file.with_suffix(".merging")
-        with temporary.open("w", encoding="utf-8") as lines:
-            lines.writelines(map(_line, [{"kind": "header", **self.header}, *self._records.values()]))
-            lines.flush()
-            os.fsync(lines.fileno())
-        os.replace(temporary, self.file)
-        for file in files:
-            file.unlink(missing_ok=True)
-
-    def _append(self, record: Record) -> None:
-        self.begin()
-        with self.file.open("a", encoding="utf-8") as lines:
+        if not self._begun:
+            self._begin()
+        with self._own.open("ab") as lines:
             lines.write(_line(record))
+
+    def _begin(self) -> None:
+        """Prepares the own part for the next line: makes it, or cuts off a line whose writing was interrupted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._own.open("ab") as lines:
+            whole = len(_whole_lines(self._own))
+            lines.truncate(whole)
+            if not whole:
+                lines.write(_line({"kind": "header", **self.header}))
+        self._begun = True
 
     def _parsed(self, file: Path, text: bytes) -> dict[tuple, Record]:
         """The records of a file's lines, if its header is ours."""
@@ -111,7 +104,7 @@ class Records:
         if differences:
             raise ValueError(
                 f"{file} holds measurements that were made otherwise: {'; '.join(differences)}. Numbers of both "
-                "do not belong into one table: write to another folder with --out."
+                "do not belong into one table: go on with the former, or write to another folder with --out."
             )
         for i, record in enumerate(records, 2):
             if "kind" not in record or any(isinstance(part, (list, dict)) for part in key_of(record)):
@@ -119,18 +112,14 @@ class Records:
         return {key_of(record): record for record in records}
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
+def _line(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
-def _whole_lines(file: Path) -> tuple[bytes, bool]:
-    """A file's lines, and whether there is another that is not written to its end. None of a file that is not there."""
-    try:
-        text = file.read_bytes()
-    except FileNotFoundError:
-        return b"", False
-    whole = text[: text.rfind(b"\n") + 1]
-    return whole, len(whole) < len(text)
+def _whole_lines(file: Path) -> bytes:
+    """A file's lines, without one that is not written to its end."""
+    text = file.read_bytes()
+    return text[: text.rfind(b"\n") + 1]
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

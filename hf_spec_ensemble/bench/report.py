@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .plan import Condition, short_names
 from .records import CONDITION, Records
@@ -139,9 +140,10 @@ def _percent(share: float | None) -> str:
 
 
 def write_report(records: Records, folder: Path, notes: Sequence[str] = ()) -> list[Path]:
-    """Writes the table and the plots, and says where."""
+    """Writes the table and the plots, and says where. Each is there as a whole, whoever else writes it meanwhile."""
     from .plots import plot  # needs matplotlib
 
-    table = folder / "table.md"
-    table.write_text(markdown(records, notes), encoding="utf-8")
-    return [table, *plot(records, folder)]
+    with TemporaryDirectory(dir=folder, prefix="report-") as made:
+        table = Path(made) / "table.md"
+        table.write_text(markdown(records, notes), encoding="utf-8")
+        return [file.replace(folder / file.name) for file in [table, *plot(records, Path(made))]]

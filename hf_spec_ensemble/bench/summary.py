@@ -9,7 +9,8 @@ import numpy as np
 
 from .plan import Condition, short_names
 from .records import CONDITION, Record, Records
-from .variants import STANDARD, kind_of, repeats_standard, split
+from .tasks import TASKS
+from .variants import STANDARD, kind_of, place_of, repeats_standard, split
 
 
 RESAMPLES = 2000
@@ -79,9 +80,9 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def summarise(records: Records) -> list[Summary]:
-    """One summary for each condition and variant that has been measured, in the order of the records."""
+    """One summary for each condition and variant that has been measured, in the order of `_place`."""
     runs: dict[Condition, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in records.of_kind("run"):
+    for record in sorted(records.of_kind("run"), key=_place):
         runs[_condition(record)][record["variant"]].append(record)
     gaps: dict[tuple[Condition, str], list[float]] = defaultdict(list)
     for record in records.of_kind("divergence"):
@@ -161,3 +162,10 @@ def _condition(record: Record) -> Condition:
 
 def _turn(record: Record) -> tuple:
     return record["group"], record["seed"], record["repeat"]
+
+
+def _place(record: Record) -> tuple:
+    """What runs are sorted by: the same records give the same numbers and tables, in whatever order they were made."""
+    c = _condition(record)
+    condition = list(TASKS).index(c.task), c.temperature, c.members, c.batch_size, c.prompt_length or 0
+    return *condition, place_of(record["variant"]), *_turn(record)

@@ -13,6 +13,7 @@ from ..config import EnsembleConfig
 STANDARD = "standard"
 SPECULATIVE = ("auto", "no-alternate", "fixed", "drafter")
 TAKE_LENGTHS = ("fixed", "no-alternate", "assisted", "ensemble-weight")
+ORDER = (STANDARD, "member", "no-alternate", "fixed", "auto", "drafter", "assisted", "ensemble-weight")  # in tables
 STATIC, COMPILED = "static:", "compiled:"
 NAMES = """\
 members (each alone), standard, auto, no-alternate or no-alternate:K, fixed:K or fixed:K,K,.. (one for each member),
@@ -43,6 +44,21 @@ def split(name: str) -> tuple[str, str]:
 def kind_of(name: str) -> str:
     """`"fixed"` of `"fixed:5"` and of `"compiled:fixed:5"`."""
     return split(name)[1].partition(":")[0]
+
+
+def place_of(name: str) -> tuple:
+    """
+    Where a variant stands among others, in tables and plots.
+
+    >>> from hf_spec_ensemble.bench.variants import place_of
+
+    >>> sorted(["static:auto", "fixed:10", "fixed:9", "auto", "standard"], key=place_of)
+    ['standard', 'fixed:9', 'fixed:10', 'auto', 'static:auto']
+    """
+    prefix, name = split(name)
+    kind, _, rest = name.partition(":")
+    numbers = [int(part) for part in rest.split(",") if part.isdigit()]
+    return ("", STATIC, COMPILED).index(prefix), ORDER.index(kind), numbers, rest
 
 
 def is_speculative(name: str) -> bool:

@@ -366,7 +366,7 @@ def test_the_bootstrap_interval():
 
 
 def test_ratios_are_of_pairs_and_medians_of_repeats(tmp_path):
-    records = Records(tmp_path / "records.jsonl", {"settings": {"config": {"coupling": "maximal"}, "members": ["a"]}})
+    records = Records(tmp_path, {"settings": {"config": {"coupling": "maximal"}, "members": ["a"]}})
     base = dict(kind="run", task="gsm8k", temperature=0.0, batch_size=1, members=2, prompt_length=None, seed=0)
     base |= dict(forward_passes=[10, 10], member_seconds=[0.5, 0.25], scores=[1.0], tokens=[[1, 2]], loop_seconds=1.0)
     seconds = {  # by variant: of prompts, of repeats
