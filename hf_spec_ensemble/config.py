@@ -21,7 +21,7 @@ NOT_OURS = ("members", "drafter")  # that `hub.save_ensemble` writes to the same
 
 AUTO = "auto"
 COMBINE_ON = ("probs", "logits", "raw_logits")
-COUPLINGS = ("maximal", "gumbel")
+COUPLINGS = (AUTO, "ancestral", "gumbel", "maximal")
 DEFAULT_COMBINE_ON = {"weighted": "probs", "product": "raw_logits", "contrastive": "raw_logits"}
 METHODS = tuple(DEFAULT_COMBINE_ON)
 
@@ -78,8 +78,12 @@ class EnsembleConfig:
         alternate (`bool`, defaults to `True`):
             Whether members alternate as proposer and verifier. `False`: the drafter, or without one the smallest
             member, always proposes, which is plain speculative decoding against r.
-        coupling (`str`, defaults to `"gumbel"`):
-            How sampled proposals are judged; both are exact, and greedy decoding and beam search need neither.
+        coupling (`str`, defaults to `"auto"`):
+            How tokens are drawn and sampled proposals are judged; all are exact, and greedy decoding and beam search
+            need none. `"auto"` is `"ancestral"` for a weighted mixture of probabilities, else `"gumbel"`.
+            `"ancestral"`: every position has an owner, member i with probability w_i, and its token is drawn from the
+            owner alone. So a token costs one pass, for any number of members and however much they differ. The owner
+            and the noise of a position depend on the seed alone, so that a seed's text is the standard ensemble's.
             `"gumbel"`: proposal and verification share Gumbel noise that depends on the seed and the position alone,
             so that a seed's text is the standard ensemble's, whatever the proposals and however long passes take.
             `"maximal"`: accepted with probability min(1, r/q), otherwise replaced from the residual; the highest
@@ -116,7 +120,7 @@ class EnsembleConfig:
     combine_on: str | None = None
     num_assistant_tokens: int | Sequence[int] | str = AUTO
     alternate: bool = True
-    coupling: str = "gumbel"
+    coupling: str = AUTO
     speculative: bool = True
     check_members: bool = True
     trace: bool = False
@@ -130,6 +134,11 @@ class EnsembleConfig:
             raise ValueError(f"`combine_on` must be one of {COMBINE_ON}, but is {self.combine_on!r}.")
         if self.coupling not in COUPLINGS:
             raise ValueError(f"`coupling` must be one of {COUPLINGS}, but is {self.coupling!r}.")
+        if self.coupling == "ancestral" and not self.is_mixture:
+            raise ValueError(
+                "`coupling` 'ancestral' draws from one component of a mixture: it needs method 'weighted' with "
+                f"combine_on='probs', but they are {self.method!r} and {self.combine_on!r}. Use 'auto'."
+            )
         for name in ("alternate", "speculative", "check_members", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
@@ -140,6 +149,11 @@ class EnsembleConfig:
         self.contrast, self.plausibility = float(self.contrast), float(self.plausibility)
         self._check_weights()
         self._check_lengths()
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether r is the weighted mean of the members' probabilities."""
+        return self.method == "weighted" and self.combine_on == "probs"
 
     def _check_weights(self) -> None:
         if self.weights is None:
@@ -191,7 +205,7 @@ class EnsembleConfig:
             drafters (`int`): Models or generators that propose and are not part of the ensemble.
 
         Returns:
-            `EnsembleConfig`: `weights` has N entries for the methods that use it.
+            `EnsembleConfig`: `weights` has N entries for the methods that use it; `coupling` is not `"auto"`.
 
         Raises:
             `ValueError`: if N does not suit the method, the weights or the proposal lengths.
@@ -224,7 +238,10 @@ class EnsembleConfig:
                 f"`num_assistant_tokens` must be 'auto', an int or have one entry for each of the {n} members"
                 f"{' and the drafter' if drafters else ''}, but has {len(lengths)}: {lengths}."
             )
-        return replace(self, weights=weights)
+        coupling = self.coupling
+        if coupling == AUTO:
+            coupling = "ancestral" if self.is_mixture else "gumbel"
+        return replace(self, weights=weights, coupling=coupling)
 
     def to_dict(self) -> dict[str, Any]:
         """

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_spec_ensemble as se
 from hf_spec_ensemble.compat import given_cache
-from hf_spec_ensemble.decoding.candidates import ROOM, EnsembleCandidateGenerator
+from hf_spec_ensemble.decoding.text import ROOM, Text
 from hf_spec_ensemble.decoding.verify import residual_probs, verify_maximal
 from hf_spec_ensemble.members.costs import PassCosts
 from hf_spec_ensemble.schedule.acceptance import Acceptance
@@ -474,13 +474,13 @@ def test_a_long_text_of_members_that_disagree(new_tokens):
 @pytest.fixture
 def room(monkeypatch):
     """How many tokens a row the calls made room for, each time a round ended."""
-    sizes, retire = [], EnsembleCandidateGenerator.retire
+    sizes, retire = [], Text.retire
 
     def note(self, wanted):
         sizes.append(self.ids.shape[1])
         retire(self, wanted)
 
-    monkeypatch.setattr(EnsembleCandidateGenerator, "retire", note)
+    monkeypatch.setattr(Text, "retire", note)
     return sizes
 
 

@@ -184,7 +184,7 @@ def test_it_fails_for_a_kept_bonus_token(monkeypatch):
 
     def keep_bonus(self, proposed, drawable):
         candidates = collect(self, proposed, drawable)
-        for row, proposals in enumerate(self.pending):
+        for row, proposals in enumerate(self.text.pending):
             for j, (author, _) in enumerate(proposals[: int(proposed[row])]):
                 if author == 0:
                     candidates.r[row, j] = candidates.q[row, j]  # so that it is always accepted

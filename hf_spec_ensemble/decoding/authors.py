@@ -17,6 +17,7 @@ from ..members.stopwatch import Stopwatch
 from ..trace.recorder import NoRecord
 from .drafter import GeneratorDrafter
 from .drawing import Greedy
+from .final_scores import FinalScores
 from .text import Outcome, Proposal, Text
 
 
@@ -32,6 +33,7 @@ class Context:
         recorder (`NoRecord`): Told what happens, for a trace.
         ranks (`Ranks`): The processes that decode together.
         in_step (`bool`): Whether all rows must gain and propose equally many tokens.
+        final_scores (`FinalScores`, *optional*): Told what members give at final positions.
     """
 
     text: Text
@@ -40,6 +42,7 @@ class Context:
     recorder: NoRecord
     ranks: Ranks
     in_step: bool = False
+    final_scores: FinalScores | None = None
 
     @property
     def keeps_q(self) -> bool:
@@ -75,8 +78,8 @@ class Author:
         """How many tokens `[B]` it has to read."""
         raise NotImplementedError
 
-    def run(self, width: int) -> None:
-        """Reads them, in passes over at least `width` tokens a row."""
+    def run(self, most: int, width: int) -> None:
+        """Reads them, at most so many of each row, in a pass over at least `width` tokens a row."""
         raise NotImplementedError
 
     def offer(self) -> Proposal | None:
@@ -141,18 +144,33 @@ class ModelAuthor(Author):
     def unread(self):
         return np.maximum(self.context.text.readable - self.member.seen, 0)
 
-    def run(self, width):
+    def run(self, most, width):
+        text, seen = self.context.text, self.member.seen
+        self._read(np.maximum(np.minimum(text.readable, np.maximum(seen, 0) + most), seen), width)
+
+    def catch_up(self) -> None:
+        """Reads what is final and not read yet, for the output's sake."""
+        end = np.maximum(self.context.text.final - 1, self.member.seen)
+        if (end > self.member.seen).any():
+            self._read(end)
+
+    def _read(self, end: np.ndarray, width: int = 0) -> None:
         text, distribution, member = self.context.text, self.context.distribution, self.member
-        reads = self.unread() > 0
+        reads = end > member.seen
         first = np.maximum(member.seen + 1, 0)  # [B]: the positions that the new logits predict
         have = text.scored(member.seen)
-        logits = distribution.align(member.score(text.new, np.maximum(text.readable, member.seen), width))
-        late = np.maximum(text.final - first, 0)  # what it missed needs no scores any more
-        unwanted = int(late.min())
+        logits = distribution.align(member.score(text.new, end, width))
+        late = np.maximum(text.final - first, 0)  # what it missed needs no scores any more, but for the output
+        unwanted = 0 if self.context.final_scores else int(late.min())
         first, late, logits = first + unwanted, late - unwanted, logits[:, unwanted:]
         count = np.maximum(member.seen + 1 - first, 0) * reads
         scores = distribution.scores(logits, text.ids, text.place(first), count)
         added = np.maximum(count - late, 0)
+        if self.context.final_scores:
+            probs = distribution.evidence_of(scores)
+            for row, n in enumerate(np.minimum(late, count).tolist()):
+                for j in range(n):
+                    self.context.final_scores.add(self.index, row, int(first[row]) + j, probs[row, j], logits[row, j])
         self.context.recorder.ran(self.index, first + late, added)
         self.evidence.put(have, distribution.evidence_of(scores), late, added)
         self.peaks.put(have, scores.amax(-1, keepdim=True), late, added)
@@ -189,6 +207,12 @@ class ModelAuthor(Author):
 
     def settle(self, outcome):
         text = self.context.text
+        if self.context.final_scores:
+            for row, gained in enumerate(outcome.gained.tolist()):
+                for j in range(min(gained, self.evidence.count(row))):
+                    logits = None if self.logits is None else self.logits.at(row, j)
+                    position, evidence = int(text.final[row]) + j, self.evidence.at(row, j)
+                    self.context.final_scores.add(self.index, row, position, evidence, logits)
         final = text.final + outcome.gained
         # A token drawn from r has been seen by no member; a kept proposal is settled
         keep, settled = np.where(outcome.falls, final - 1, text.total), final - outcome.falls
@@ -230,7 +254,7 @@ class GeneratorAuthor(Author):
     def unread(self):
         return np.zeros(self.context.text.batch, int)
 
-    def run(self, width):
+    def run(self, most, width):
         """Drafts for every open row as many tokens as it has."""
         text, drafts = self.context.text, [[] for _ in range(self.context.text.batch)]
         self._logits = [None] * text.batch

@@ -55,7 +55,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         members (`int`): N.
         schedule (`Schedule`): Who runs, and who proposes.
         settling (`All`): Which positions enough members have scored.
-        keep_scores (`bool`): Whether candidates carry log r.
+        keep_scores (`bool`): Whether candidates carry log r; only where the settling is complete.
     """
 
     def __init__(
@@ -83,10 +83,12 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         """Runs authors until some active row has a position that is settled. The arguments are not needed."""
         text = self.text
         while True:
-            scored = self.settling.scored(text, [author.member for author in self.members])  # [B]
+            scored = self.settling.scored(text, self.members)  # [B]
             scored = np.where(self.stuck & ~text.behind, 0, scored)
-            if self.by_column:  # settle one, once all rows have it
-                scored = np.minimum(scored, 1) * (scored[text.active] > 0).all()
+            if self.by_column or self.context.in_step:  # once all rows have some
+                scored = scored * (scored[text.active] > 0).all()
+            if self.by_column:
+                scored = np.minimum(scored, 1)
             proposed = np.minimum(scored, text.unverified)
             drawable = scored > proposed
             if drawable.any() or proposed.any():
@@ -143,14 +145,20 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def _situation(self) -> Situation:
         lag = [author.unread().tolist() for author in self.authors]
-        return Situation(self.current, self.turn, lag, self.text.pending, self.text.open.tolist())
+        asked = self.settling.asked(self.text, self.members)
+        waiting = None if asked is None else [int(rows.sum()) for rows in asked]
+        return Situation(self.current, self.turn, lag, self.text.pending, self.text.open.tolist(), waiting)
 
     def _run_next(self) -> None:
         """Lets the author run whose turn it is."""
         situation = self._situation()
         self.current, self.turn = self.schedule.next(situation)
-        author = self.authors[self.current]
-        author.run(self.schedule.width(self.current, max(situation.lag[self.current])) if author.passes else 0)
+        author, lag = self.authors[self.current], np.array(situation.lag[self.current])
+        asked = self.settling.asked(self.text, self.members)
+        if asked is not None and self.current < len(asked) and asked[self.current].any():
+            lag = lag * asked[self.current]  # other rows read no more than these
+        most = int(lag.max())
+        author.run(most, self.schedule.width(self.current, most) if author.passes else 0)
         self.take_times()
 
     def _propose(self, author: Author) -> None:
@@ -173,19 +181,18 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         width = int(count.max())
         start = np.zeros_like(count)
         distribution, form = self.context.distribution, self.context.drawing.form
-        evidence = [author.evidence.window(start, width) for author in self.members]
-        position = (self.text.ids, self.text.place(self.text.final), count)
-        log_r = distribution.target(evidence, *position, "log_probs") if self.keep_scores else None
-        if log_r is None:
-            r = distribution.target(evidence, *position, form)
-        else:  # processors are not called again
+        log_r = None
+        if self.keep_scores:  # processors are not called again
+            log_r = self.settling.target(self.context, self.members, count, "log_probs")
             r = log_r.exp() if form == "probs" else log_r
+        else:
+            r = self.settling.target(self.context, self.members, count, form)
         q = probs = None
         if self.context.recorder.on:
             probs = distribution.probs(r, form)
         if self.context.keeps_q:
             q = self.q.window(start, width) if proposed.any() else r
-        logits = self.members[0].logits
+        logits = self.members[0].logits if self.settling.complete else None
         return Candidates(
             tokens=window(self.text.ids, self.text.place(self.text.final), width),
             r=r,
@@ -206,11 +213,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.stuck = np.where(scored, sound == 0, self.stuck)
         lost = np.flatnonzero(self.stuck & self.text.behind)
         if len(lost):
-            row, none = int(lost[0]), np.zeros_like(sound)
+            row = int(lost[0])
             place = f"New token {int(self.text.final[row]) + 1} of row {row}"
-            peaks = [float(author.peaks.window(none, 1)[row, 0]) for author in self.members]
-            evidence = [author.evidence.window(none, 1)[row, 0] for author in self.members]
-            raise self.context.distribution.fault(row, peaks, evidence, place)
+            raise self.context.distribution.fault(row, *self.settling.blamed(self.members, row), place)
 
     def _judge(self, proposed: np.ndarray, accepted: np.ndarray) -> None:
         """Tells the fate of proposals that were verified, up to the first rejected one of each row."""

@@ -12,10 +12,21 @@ Each rule is an object with
 where `proposed` and `position`, the number of tokens generated before the (first) one in question, are numpy integers.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from .verify import acceptance_probs, draw, exponential_noise, shared_noise_acceptance, verify_match, verify_maximal
+from ..config import EnsembleConfig
+from .verify import (
+    acceptance_probs,
+    draw,
+    exponential_noise,
+    mixture_owners,
+    shared_noise_acceptance,
+    verify_match,
+    verify_maximal,
+)
 
 
 KEPT = 16  # positions whose noise is kept; what is needed again later is made again
@@ -78,6 +89,25 @@ class Gumbel:
         return self._noise[position]
 
 
+class Ancestral(Gumbel):
+    """
+    A draw from a mixture r = sum_i w_i p_i by its component (ancestral sampling): an owner i with probability w_i, and
+    then argmax(log p_i + g). What others propose for it is argmax(log q + g).
+
+    Args:
+        weights (`Sequence[float]`, N): Of the mixture, with a sum of one.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        super().__init__()
+        self.weights = weights
+
+    def owners(self, position: np.ndarray) -> np.ndarray:
+        """The members, numbered from 0, that own positions `[B]` or `[B, K]` of the rows."""
+        rows = np.arange(len(position)).reshape(-1, *[1] * (position.ndim - 1))
+        return mixture_owners(self.seed, rows, position, self.weights)
+
+
 class Maximal:
     """x ~ q is kept with probability min(1, r(x) / q(x)), else replaced from the residual."""
 
@@ -99,7 +129,10 @@ class Maximal:
         return torch.rand(shape, device=like.device, dtype=dtype)
 
 
-def drawing_rule(do_sample: bool, coupling: str) -> Greedy | Gumbel | Maximal:
+def drawing_rule(do_sample: bool, config: EnsembleConfig) -> Greedy | Gumbel | Maximal:
+    """For a config of `for_members`."""
     if not do_sample:
         return Greedy()
-    return Gumbel() if coupling == "gumbel" else Maximal()
+    if config.coupling == "ancestral":
+        return Ancestral(config.weights)
+    return Gumbel() if config.coupling == "gumbel" else Maximal()

@@ -170,6 +170,11 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         """
         self._begin(input_ids)
 
+    def evidence_of(self, members: np.ndarray) -> torch.Tensor:
+        """What member `members[b]` gave for row b in the last call, `[B, V]`."""
+        _, evidence = self._last
+        return torch.stack([evidence[member][row, 0] for row, member in enumerate(members.tolist())])
+
     def fault(self, row: int, place: str) -> ValueError:
         """The error for a row whose scores are no distribution; arguments as for `EnsembleDistribution.fault`."""
         scores, evidence = ([one[row, 0] for one in last] for last in self._last)

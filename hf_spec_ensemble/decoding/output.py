@@ -9,6 +9,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDe
 
 from ..trace import Trace
 from .call import Call
+from .final_scores import FinalScores, padding
 
 
 @dataclass
@@ -104,18 +105,21 @@ class Transcript:
     Args:
         call (`Call`): Of which it takes the prompt, the stopping criteria, the streamer, and what is to be returned.
 
+        final_scores (`FinalScores`, *optional*): Where scores and logits come from, at the end; else from `add`.
+
     State: all of it, written here alone.
     """
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, final_scores: FinalScores | None = None):
         self.sequences = prompt = call.input_ids.long()
         self.prompt_length = prompt.shape[1]
         self.stopping_criteria, self.streamer, self.ranks = call.stopping_criteria, call.streamer, call.ranks
         self.unfinished = np.ones(len(prompt), bool)  # [B]
         pads = pads_finished_rows(call.stopping_criteria)
         self.pad = call.generation_config._pad_token_tensor if pads else None
-        self.scores = () if call.returns("scores") else None  # one tensor [B, V] a column
-        self.logits = () if call.returns("logits") else None
+        keeps = final_scores is None
+        self.scores = () if keeps and call.returns("scores") else None  # one tensor [B, V] a column
+        self.logits = () if keeps and call.returns("logits") else None
         self.lengths = np.zeros(len(prompt), int)  # [B]: tokens committed of texts that had not finished
         self._rows: dict[str, list[list[torch.Tensor]]] = {
             name: [[] for _ in prompt] for name in ("scores", "logits") if getattr(self, name) is not None
@@ -159,11 +163,17 @@ class Transcript:
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())
 
+    def take(self, final_scores: FinalScores) -> None:
+        """Takes scores and logits at the end, where they were not known when tokens were committed."""
+        tokens = self.sequences[:, self.prompt_length :]
+        self.scores = final_scores.scores(tokens, self.lengths)
+        self.logits = final_scores.logits(tokens, self.lengths)
+
     def _keep(self, tokens: torch.Tensor) -> None:
         for name, rows in self._rows.items():
             some = next(row[0] for row in rows if row)  # [V]
             column = [
-                row.pop(0) if wanted else torch.full_like(some, -torch.inf).index_fill(0, token, 0.0)
-                for row, wanted, token in zip(rows, self.wanted.tolist(), tokens.to(some.device))
+                row.pop(0) if wanted else padding(some, token)
+                for row, wanted, token in zip(rows, self.wanted.tolist(), tokens)
             ]
             setattr(self, name, (*getattr(self, name), torch.stack(column)))

@@ -1,16 +1,172 @@
-"""What settles a token: which members must have scored a position before its token can be final."""
+"""
+What settles a token: which members must have scored a position before its token can be final, and what is drawn from.
+
+Each rule is an object with
+
+- `scored(text, members) -> [B]`: how many positions from `text.final` on enough members have scored, without a gap,
+- `asked(text, members) -> [N][B] or None`: whose scores each row waits for; `None` if for those of all,
+- `target(context, members, count) -> [B, K, V]`: what is drawn from there, at the first `count[b]` of them, in the form
+  of the drawing rule; noted by the distribution,
+- `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, where nothing can be drawn,
+
+where members are the authors of the N members, which hold what they have scored, and counts are numpy integers.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from ..members.member import Member
+from ..config import EnsembleConfig
+from ..ensemble.combine import mixture
+from .authors import Context, ModelAuthor
+from .drawing import Ancestral, Greedy
 from .text import Text
+
+
+# A lead that is greater by less than this, in units of the dtype's precision, may be one of rounding.
+ROUNDING = 64
+
+KNOWN = 64  # findings kept for a row
 
 
 class All:
     """All members must: right for every method and every way of drawing."""
 
-    def scored(self, text: Text, members: Sequence[Member]) -> np.ndarray:
-        """How many positions `[B]` from `text.final` on enough of the members have scored, without a gap."""
-        return text.scored(np.minimum.reduce([member.seen for member in members]))
+    complete = True  # what is drawn from is r
+
+    def scored(self, text: Text, members: Sequence[ModelAuthor]) -> np.ndarray:
+        return text.scored(np.minimum.reduce([author.member.seen for author in members]))
+
+    def asked(self, text, members):
+        return None
+
+    def target(self, context: Context, members: Sequence[ModelAuthor], count: np.ndarray, form: str) -> torch.Tensor:
+        text, width = context.text, int(count.max())
+        evidence = [author.evidence.window(np.zeros_like(count), width) for author in members]
+        return context.distribution.target(evidence, text.ids, text.place(text.final), count, form)
+
+    def blamed(self, members: Sequence[ModelAuthor], row: int) -> tuple[list[float], list[torch.Tensor]]:
+        peaks = [float(author.peaks.at(row, 0)) for author in members]
+        return peaks, [author.evidence.at(row, 0) for author in members]
+
+
+class Owner:
+    """
+    The position's owner must: the member that a mixture's token is drawn from. Owners are drawn before the text is, so
+    that they depend on nothing in it; each member is drawn with the probability of its weight (ancestral sampling).
+
+    Args:
+        drawing (`Ancestral`): Which draws the owners.
+    """
+
+    complete = False
+
+    def __init__(self, drawing: Ancestral):
+        self.drawing = drawing
+
+    def scored(self, text, members):
+        seen = np.stack([author.member.seen for author in members])  # [N, B]
+        position = text.final[:, None] + np.arange(int(text.unverified.max()) + 1)  # [B, K]
+        owner = self.drawing.owners(position)
+        there = position <= np.take_along_axis(seen, owner.T, axis=0).T
+        there &= position <= text.total[:, None]
+        return there.cumprod(axis=1).sum(axis=1) * text.active
+
+    def asked(self, text, members):
+        owner = self.drawing.owners(text.final)
+        return [(owner == i) & text.active for i in range(len(members))]
+
+    def target(self, context, members, count, form):
+        owner = self.drawing.owners(context.text.final[:, None] + np.arange(int(count.max())))
+        r = _gathered(count, lambda row, j: members[owner[row, j]].evidence.at(row, j))
+        context.distribution.note(r)
+        return r
+
+    def blamed(self, members, row):
+        owner = int(self.drawing.owners(members[0].context.text.final)[row])
+        peaks = [float(author.peaks.at(row, 0)) if i == owner else 0.0 for i, author in enumerate(members)]
+        return peaks, []
+
+
+class Enough:
+    """
+    So many members that the rest cannot change the most probable token of a mixture: the best has a lead, in the
+    weighted sum over those that have scored the position, of more than the others' weight. For greedy decoding.
+
+    State: what was found out about pending positions, by row.
+
+    Args:
+        weights (`Sequence[float]`, N): Of the mixture.
+        batch (`int`): B.
+    """
+
+    complete = False
+
+    def __init__(self, weights: Sequence[float], batch: int):
+        self.weights = list(weights)
+        self._known: list[dict[tuple[int, tuple[bool, ...], int], bool]] = [{} for _ in range(batch)]
+
+    def scored(self, text, members):
+        count = np.zeros(text.batch, int)
+        for row in np.flatnonzero(text.active).tolist():
+            final, total = int(text.final[row]), int(text.total[row])
+            while final + count[row] <= total and self._is_settled(text, members, row, int(count[row])):
+                count[row] += 1
+        return count
+
+    def asked(self, text, members):
+        missing = np.stack([author.member.seen < text.final for author in members]) & text.active  # [N, B]
+        weight = np.where(missing, np.array(self.weights)[:, None], 0.0)
+        return list(missing & (weight == weight.max(0)))
+
+    def target(self, context, members, count, form):
+        r = _gathered(count, lambda row, j: self._sum(members, row, j)[0])
+        context.distribution.note(r)
+        return r
+
+    def blamed(self, members, row):
+        peaks = [float(author.peaks.at(row, 0)) if author.evidence.count(row) else 0.0 for author in members]
+        return peaks, []
+
+    def _is_settled(self, text: Text, members: Sequence[ModelAuthor], row: int, j: int) -> bool:
+        have = tuple(author.evidence.count(row) > j for author in members)
+        if all(have):
+            return True
+        if not any(have):
+            return False
+        position = int(text.final[row]) + j
+        # The text before a position is told apart by who has run how often: evidence does not change without a pass
+        key = position, have, sum(author.passes for author in members)
+        known = self._known[row]
+        if key not in known:
+            if len(known) > KNOWN:
+                known.clear()
+            total, others = self._sum(members, row, j)
+            first, second = total.topk(2).values.tolist()
+            known[key] = first - second > others + ROUNDING * torch.finfo(total.dtype).eps
+        return known[key]
+
+    def _sum(self, members: Sequence[ModelAuthor], row: int, j: int) -> tuple[torch.Tensor, float]:
+        """The weighted sum `[V]` over the members that have scored a position, and the others' weight."""
+        have = [i for i, author in enumerate(members) if author.evidence.count(row) > j]
+        total = mixture([members[i].evidence.at(row, j) for i in have], [self.weights[i] for i in have])
+        return total, sum(weight for i, weight in enumerate(self.weights) if i not in have)
+
+
+def _gathered(count: np.ndarray, vector) -> torch.Tensor:
+    """`[B, K, V]` from `vector(row, j)` for j < `count[row]`; others are any."""
+    rows = [[vector(row, j) for j in range(n)] for row, n in enumerate(count.tolist())]
+    some, width = next(vectors[0] for vectors in rows if vectors), int(count.max())
+    return torch.stack([vectors[j] if j < len(vectors) else some for vectors in rows for j in range(width)]).view(
+        len(rows), width, -1
+    )
+
+
+def settling_rule(drawing: Greedy, config: EnsembleConfig, batch: int) -> All | Owner | Enough:
+    """The rule that asks fewest members; for a config of `for_members`, of the members alone."""
+    if isinstance(drawing, Ancestral):
+        return Owner(drawing)
+    if isinstance(drawing, Greedy) and config.is_mixture:
+        return Enough(config.weights, batch)
+    return All()

@@ -28,9 +28,10 @@ from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drafter import PROMPT_LOOKUP, GeneratorDrafter
 from .drawing import drawing_rule
+from .final_scores import FinalScores
 from .names import kept_name, names_of, titles_of
 from .output import EnsembleStats, Transcript, output_class
-from .settling import All
+from .settling import settling_rule
 from .text import Text
 from .validate import check_prompt, shared_vocabulary
 
@@ -41,9 +42,15 @@ def speculative(call: Call):
         call.config, [m.num_parameters() for m in [call.model, *call.assistants]], call.drafter is not None
     )
     candidates_of = _prepare(call, roles)
-    transcript = Transcript(call)
+    final_scores = candidates_of.context.final_scores
+    transcript = Transcript(call, final_scores)
     start = time.perf_counter()
     _decode(candidates_of, transcript)
+    if final_scores is not None:
+        for author in candidates_of.members:
+            author.catch_up()
+        candidates_of.take_times()
+        transcript.take(final_scores)
     return _report(call, roles, candidates_of, transcript, time.perf_counter() - start)
 
 
@@ -81,13 +88,18 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         input_ids.device,
         titles_of(models, roles.order[: roles.members]),
     )
+    drawing = drawing_rule(call.generation_config.do_sample, distribution.config)
+    settling = settling_rule(drawing, distribution.config, len(input_ids))
+    wanted = call.returns("scores"), call.returns("logits")
+    late = any(wanted) and not settling.complete
     context = Context(
         Text(input_ids, call.max_new_tokens, call.stop_tokens),
         distribution,
-        drawing_rule(call.generation_config.do_sample, config.coupling),
+        drawing,
         Recorder(input_ids) if config.trace else NoRecord(),
         call.ranks,
         in_step=len(input_ids) > 1 and any(reader.in_step for reader in readers),
+        final_scores=FinalScores(len(input_ids), distribution.config.weights, *wanted) if late else None,
     )
     authors: list[Author] = [
         ModelAuthor(i, context, reader, keeps_logits=i == 0 and call.returns("logits"))
@@ -99,7 +111,7 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         costs = remembered([call.model], ("drafter", kept_name(call.drafter)), PassCosts)
         authors.append(GeneratorAuthor(len(authors), context, drafter, costs, dtype))
     schedule = led(_schedule(call, roles, authors), call.ranks)
-    return EnsembleCandidateGenerator(context, authors, roles.members, schedule, All(), call.returns("scores"))
+    return EnsembleCandidateGenerator(context, authors, roles.members, schedule, settling, wanted[0] and not late)
 
 
 def _members(call: Call, roles: Roles) -> list[Member]:

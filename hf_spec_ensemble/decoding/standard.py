@@ -27,7 +27,7 @@ from ..members.runner import Stepper
 from ..notices import warn_once
 from ..schedule.roles import Roles
 from .call import Call
-from .drawing import Gumbel
+from .drawing import Ancestral, Gumbel, drawing_rule
 from .logits_process import EnsembleLogitsProcessor
 from .names import titles_of
 from .output import EnsembleStats, output_class, pads_finished_rows
@@ -35,10 +35,10 @@ from .validate import check_prompt
 
 
 class _SharedNoise(LogitsProcessor):
-    """Divides probabilities by the positions' noise, so that the argmax is the draw; keeps the log-probabilities."""
+    """Puts all probability on the token that is drawn with the positions' noise; keeps the log-probabilities."""
 
-    def __init__(self, prompt_length: int, keep: bool):
-        self.drawing = Gumbel()
+    def __init__(self, drawing: Gumbel, ensemble: EnsembleLogitsProcessor, prompt_length: int, keep: bool):
+        self.drawing, self.ensemble = drawing, ensemble
         self.prompt_length = prompt_length
         self.keep = keep
         self.log_probs: tuple[torch.Tensor, ...] = ()
@@ -47,7 +47,11 @@ class _SharedNoise(LogitsProcessor):
         if self.keep:
             self.log_probs += (scores,)
         position = np.full(len(input_ids), input_ids.shape[1] - self.prompt_length)
-        drawn = self.drawing.propose(scores.exp(), position)
+        if isinstance(self.drawing, Ancestral):
+            probs = self.ensemble.evidence_of(self.drawing.owners(position)).to(scores.device)
+        else:
+            probs = scores.exp()
+        drawn = self.drawing.propose(probs, position)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
 
@@ -146,7 +150,7 @@ def standard(call: Call):
         with all_locks_of([call.model, *ensemble.assistants]):
             return call.model._beam_search(call.input_ids, **_arguments(call, criteria, [ensemble]))
     soundness = _Soundness(ensemble)
-    noise = _noise(call)
+    noise = _noise(call, ensemble)
     criteria = _TokenCriteria(call.stopping_criteria, soundness, noise, call.ranks)
     output = _sample(call, criteria, [ensemble, soundness, *([noise] if noise else [])])
     if isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)):
@@ -176,11 +180,12 @@ def _ensemble(call: Call, beams: bool) -> EnsembleLogitsProcessor:
     )
 
 
-def _noise(call: Call) -> _SharedNoise | None:
-    config = call.generation_config
-    if not config.do_sample or call.config.coupling != "gumbel":
+def _noise(call: Call, ensemble: EnsembleLogitsProcessor) -> _SharedNoise | None:
+    drawing = drawing_rule(call.generation_config.do_sample, ensemble.distribution.config)
+    if not isinstance(drawing, Gumbel):
         return None
-    return _SharedNoise(call.input_ids.shape[1], keep=bool(config.output_scores))
+    keep = bool(call.generation_config.output_scores)
+    return _SharedNoise(drawing, ensemble, call.input_ids.shape[1], keep)
 
 
 def _arguments(call: Call, criteria: StoppingCriteriaList, processors: list[LogitsProcessor]) -> dict[str, Any]:

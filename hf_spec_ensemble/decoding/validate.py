@@ -1,6 +1,5 @@
 """Checks before the first forward pass: members that fit together, and a call that an ensemble can serve."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import CandidateGenerator
 
-from ..compat import given_cache
+from ..compat import forward_parameters, given_cache
 from ..config import EnsembleConfig
 from ..ensemble.processing import in_order_only
 from ..members.adapters import AdapterView, adds_virtual_tokens, is_model
@@ -247,7 +246,7 @@ def check_media(models: list[PreTrainedModel], encoded: dict | None, media: dict
         )
     given = [*media, *(name for name, value in model_kwargs.items() if name in MEDIA and value is not None)]
     for model in models:
-        unknown = [name for name in given if name not in inspect.signature(model.forward).parameters]
+        unknown = [name for name in given if name not in forward_parameters(model)]
         if unknown:
             raise ValueError(
                 f"The main model is given `{unknown[0]}`, which a {type(model).__name__} does not take: all members "

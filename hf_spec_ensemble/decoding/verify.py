@@ -4,6 +4,7 @@ Shapes: B rows, K positions, V vocabulary. A row has `proposed[b] <= K` proposal
 r_j is the ensemble's distribution at position j, given the prefix and x_1 ... x_{j-1}. Distributions are probabilities.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -208,6 +209,35 @@ def exponential_noise(
         return _exponential(key, vocab_size, dtype)
     parts = key.flatten().split(max(IN_CACHE // vocab_size, 1))
     return torch.cat([_exponential(part, vocab_size, dtype) for part in parts]).view(*key.shape, vocab_size)
+
+
+def mixture_owners(seed: int, rows: np.ndarray, positions: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """
+    For every position the component of a mixture that its token is drawn from: i with probability `weights[i]`,
+    independently of other rows and positions. Depends on (seed, row, position) alone, and not on what
+    `exponential_noise` gives for these.
+
+    Args:
+        seed (`int`), rows, positions (`np.ndarray` `[...]`, int64): As in `exponential_noise`.
+        weights (`Sequence[float]`, N): >= 0, with a sum of one.
+
+    Returns:
+        `np.ndarray` `[...]`: In [0, N).
+
+    Example:
+
+    >>> import numpy as np
+    >>> from hf_spec_ensemble.decoding.verify import mixture_owners
+
+    >>> owners = mixture_owners(0, np.zeros(10_000, int), np.arange(10_000), [0.3, 0.7])
+    >>> float(owners.mean().round(2))
+    0.7
+    """
+    # The noise of tokens has positions from 0 on: numbers below are free
+    bits = _mix(_mix(_mix(seed + _STEP * (rows + 1)) - _STEP * (positions + 1)) + _STEP)
+    uniform = ((bits >> 11) & ((1 << 53) - 1)) * 2.0**-53
+    limits = np.cumsum(weights)[:-1]  # without the last, which rounding could put below one
+    return np.searchsorted(limits, uniform, side="right")
 
 
 def _exponential(key: torch.Tensor, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:

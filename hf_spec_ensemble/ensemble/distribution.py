@@ -99,13 +99,17 @@ class EnsembleDistribution:
             if empty.any():
                 uncut = self._combined(evidence, replace(self.config, plausibility=0.0), ids, first, count)
                 combined = torch.where(empty, uncut, combined)
-        self.peak = combined.amax(-1)
+        self.note(combined)
         if self.on_probs and callable(self.config.method):
             combined = combined / combined.sum(-1, keepdim=True)
         return self._as(form, combined)
 
+    def note(self, combined: torch.Tensor) -> None:
+        """Says what is drawn from next, `[B, K, V]`, in the form of the members' evidence."""
+        self.peak = combined.amax(-1)
+
     def sound(self) -> torch.Tensor:
-        """How many positions `[B]` of what `target` last gave are distributions, up to the first that is none."""
+        """How many positions `[B]` of what was last noted are distributions, up to the first that is none."""
         return sound_positions(self.peak, self.on_probs)
 
     def fault(self, row: int, peaks: Sequence[float], evidence: Sequence[torch.Tensor], place: str) -> ValueError:

@@ -40,6 +40,14 @@ class Ragged:
         for row, vectors, have, start, n in zip(self._rows, new.unbind(0), at.tolist(), first.tolist(), count.tolist()):
             row[have:] = vectors.unbind(0)[start : start + n]
 
+    def count(self, row: int) -> int:
+        """How many vectors row b has."""
+        return len(self._rows[row])
+
+    def at(self, row: int, j: int) -> torch.Tensor:
+        """The j-th vector `[V]` of row b."""
+        return self._rows[row][j]
+
     def drop_first(self, count: np.ndarray) -> None:
         """Removes the first `count[b]` of row b, or all if it has less."""
         for row, n in zip(self._rows, count.tolist()):

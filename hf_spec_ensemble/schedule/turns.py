@@ -20,6 +20,7 @@ class Situation:
         pending (`list[list[tuple[int, float]]]`, B x any): Author and confidence of the proposals of each row that
             await verification. The confidence is the probability of the author's most probable token there.
         open (`list[bool]`, B): Whether another token may be proposed in this row.
+        waiting (`list[int]`, N, *optional*): How many rows wait for each member's scores; `None` if all wait for all.
     """
 
     current: int | None
@@ -27,6 +28,7 @@ class Situation:
     lag: list[list[int]]
     pending: list[list[tuple[int, float]]] = field(default_factory=list)
     open: list[bool] = field(default_factory=lambda: [True])
+    waiting: list[int] | None = None
 
 
 class Schedule:
@@ -132,7 +134,9 @@ class Turns(Schedule):
                 if has_turn:
                     return drafter, 1
         unread = [sum(rows) for rows in lag[: self.members]]
-        return max(range(self.members), key=lambda member: (unread[member], member == self.first, -member)), 1
+        waiting = situation.waiting or [0] * self.members
+        order = [(waiting[i], unread[i], i == self.first, -i) for i in range(self.members)]
+        return order.index(max(order)), 1
 
     def _reads(self, situation: Situation, author: int) -> bool:
         """Whether an author has something to read in a row in which it may propose then."""
