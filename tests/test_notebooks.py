@@ -29,7 +29,7 @@ def test_it_is_stored_with_its_outputs(file):
 
 def shortened(source: str) -> str:
     """Texts, and what is repeated to take times, as short as they may be; benchmarks of fewer points."""
-    source = re.sub(r"max_new_tokens=\d\d+", "max_new_tokens=16", source)
+    source = re.sub(r"max_new_tokens=\d\d+", "max_new_tokens=32", source)
     source = re.sub(r'"--max-new-tokens", "\d+"', '"--max-new-tokens", "8"', source)
     source = re.sub(r'"--num-prompts", "\d+"', '"--num-prompts", "1"', source)
     source = re.sub(r"\brange\(\d+\)", "range(2)", source)

@@ -125,7 +125,7 @@ def test_samples_of_four_rows_in_step_drawn_one_call_at_a_time(length):
     torch.manual_seed(0)
     prompt = torch.tensor(PROMPTS[:1])
     texts = []
-    for _ in range(600):
+    for _ in range(1500):
         out = models[0].generate(
             prompt, attention_mask=torch.ones_like(prompt), assistant_model=models[1:], ensemble_config=config,
             do_sample=True, max_new_tokens=length, num_return_sequences=4,
@@ -137,7 +137,7 @@ def test_samples_of_four_rows_in_step_drawn_one_call_at_a_time(length):
 
 @pytest.mark.slow
 def test_single_prompts_drawn_one_call_at_a_time():
-    models = small_members(2)
+    models = small_members(2, likeness=0.0)  # of members that agree, few draws would not tell a wrong residual
     config = oracle.config_of("weighted", 2, coupling="maximal")
     torch.manual_seed(0)
     prompt = batch(1)
