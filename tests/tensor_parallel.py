@@ -22,16 +22,16 @@ from hf_spec_ensemble.demo import FAMILY
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 PROMPTS = torch.tensor([[5, 60, 7, 81], [43, 6, 99, 12]])
 CASES = {
-    "greedy": dict(rows=1, do_sample=False, max_new_tokens=200),
-    "sampled": dict(rows=1, do_sample=True, max_new_tokens=200),
+    "greedy": dict(rows=1, do_sample=False, max_new_tokens=64),
+    "sampled": dict(rows=1, do_sample=True, max_new_tokens=64),
     "maximal": dict(
-        rows=2, do_sample=True, max_new_tokens=40, config=dict(coupling="maximal", num_assistant_tokens=2)
+        rows=2, do_sample=True, max_new_tokens=24, config=dict(coupling="maximal", num_assistant_tokens=2)
     ),
-    "short": dict(rows=1, do_sample=True, max_new_tokens=40),
-    "batch": dict(rows=2, do_sample=True, max_new_tokens=40),
-    "drafted": dict(rows=1, do_sample=False, max_new_tokens=40, drafter="prompt_lookup"),
-    "static": dict(rows=2, do_sample=False, max_new_tokens=40, cache_implementation="static"),
-    "standard": dict(rows=1, do_sample=True, max_new_tokens=40, config=dict(speculative=False)),
+    "short": dict(rows=1, do_sample=True, max_new_tokens=24),
+    "batch": dict(rows=2, do_sample=True, max_new_tokens=24),
+    "drafted": dict(rows=1, do_sample=False, max_new_tokens=24, drafter="prompt_lookup"),
+    "static": dict(rows=2, do_sample=False, max_new_tokens=24, cache_implementation="static"),
+    "standard": dict(rows=1, do_sample=True, max_new_tokens=24, config=dict(speculative=False)),
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def results() -> dict[str, list[list[int]]]:
             found[f"{layout} {name}"] = decode(models, **CASES[name])
         if WORLD > 1:
             slow = StoppingCriteriaList([Late(0.4 + 0.4 * RANK)])
-            found[f"{layout} stopped"] = decode(models, rows=1, max_new_tokens=2000, stopping_criteria=slow)
+            found[f"{layout} stopped"] = decode(models, rows=1, max_new_tokens=640, stopping_criteria=slow)
     return found
 
 

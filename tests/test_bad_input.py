@@ -194,7 +194,9 @@ def test_a_device_that_is_not_there(capsys, monkeypatch):
     "given", ["ensemble={folder}", "members=reader+solver --device cuda:99", "members=reader+./nowhere"]
 )
 def test_eval_shows_no_traceback(folder, capsys, monkeypatch, given):
-    pytest.importorskip("lm_eval")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    arc = dict(include_path=str(Path(tasks.__file__).parent / "arc"), include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", lambda manager=tasks.TaskManager, **given: manager(**given | arc))
     monkeypatch.setattr("logging.raiseExceptions", False)  # lm_eval keeps the streams of earlier tests
     monkeypatch.setattr("sys.argv", [])
     write(folder, "[]")

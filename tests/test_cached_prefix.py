@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import pairwise
 from families import members, prompts
 from transformers import DynamicCache
 
@@ -24,10 +25,14 @@ def go_on(out, inputs, tail=3):
     return {"input_ids": ids, "attention_mask": torch.cat([inputs["attention_mask"], new], dim=1)}
 
 
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("speculative", [True, False], ids=["speculative", "standard"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize(
+    "family,speculative,batch,do_sample",
+    pairwise(
+        dict(
+            family=["llama", "gpt2", "opt", "gemma3"], speculative=[True, False], batch=[1, 3], do_sample=[False, True]
+        )
+    ),
+)
 def test_a_second_call_continues(family, speculative, batch, do_sample):
     models, inputs = members(family, 3), prompts(batch)
     config = EnsembleConfig(num_assistant_tokens=2, speculative=speculative)

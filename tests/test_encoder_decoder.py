@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from covering import pairwise
 from families import BOS, EOS, PAD, SPECIAL, VOCAB, alike, prompts, tiny
 from transformers import (
     BartConfig,
@@ -106,17 +107,24 @@ def test_both_ensembles_are_the_formula(family, batch):
         assert [row + [PAD] * (len(expected[0]) - len(row)) for row in text] == expected
 
 
-@pytest.mark.parametrize("draw", [dict(), dict(do_sample=True, temperature=0.9)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_speculative_is_standard(family, batch, draw):
+CASES = pairwise(
+    dict(
+        family=list(FAMILIES),
+        settings=[dict(num_assistant_tokens=[3, 1, 2]), dict(method="product"), dict(num_assistant_tokens=4)],
+        batch=[1, 3],
+        draw=[dict(), dict(do_sample=True, temperature=0.9)],
+    )
+)
+
+
+@pytest.mark.parametrize("family,settings,batch,draw", CASES, ids=str)
+def test_speculative_is_standard(family, settings, batch, draw):
     models, inputs = members(family), sources(family, batch)
-    for settings in (dict(num_assistant_tokens=[3, 1, 2]), dict(method="product"), dict(num_assistant_tokens=4)):
-        texts = [
-            generate(models, inputs, EnsembleConfig(**settings, speculative=speculative), **draw)["sequences"].tolist()
-            for speculative in (True, False)
-        ]
-        assert texts[0] == texts[1]
+    texts = [
+        generate(models, inputs, EnsembleConfig(**settings, speculative=speculative), **draw)["sequences"].tolist()
+        for speculative in (True, False)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_it_saves_passes_and_encodes_once():

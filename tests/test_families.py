@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 import transformers
+from covering import pairwise
 from families import FAMILIES, IN_FLOAT32, MORE_FAMILIES, SPECIAL, VOCAB, members, prompts, tiny
 
 from hf_spec_ensemble import EnsembleConfig
@@ -43,10 +44,10 @@ def test_standard_is_the_formula(family):
     torch.testing.assert_close(out.scores[0].double(), scores[0].double(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("proposals", CONFIGS)
-@pytest.mark.parametrize("family", MORE_FAMILIES)
+@pytest.mark.parametrize(
+    "family,proposals,batch,do_sample",
+    pairwise(dict(family=list(MORE_FAMILIES), proposals=list(CONFIGS), batch=[1, 3], do_sample=[False, True])),
+)
 def test_speculative_is_standard(family, proposals, batch, do_sample):
     kwargs = dict(drafter="prompt_lookup") if proposals == "lookup" else {}
     assert_same(members(family, 3), prompts(batch), CONFIGS[proposals], do_sample=do_sample, **kwargs)
@@ -193,11 +194,18 @@ def test_recurrent_members_that_cannot_read_on_are_refused(family):
             generate(models, prompts(1), EnsembleConfig())
 
 
-@pytest.mark.parametrize("draw", [dict(), dict(do_sample=True), dict(eos_token_id=[2, 7, 11, 13])], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", [family for family in RECURRENT if family not in CANNOT_READ_ON])
-def test_recurrent_members_read_on(family, batch, draw):
+READ_ON = pairwise(
+    dict(
+        family=[family for family in RECURRENT if family not in CANNOT_READ_ON],
+        settings=[dict(weights=[0.5, 0.4, 0.1], num_assistant_tokens=[2, 3, 1]), dict(num_assistant_tokens=1)],
+        batch=[1, 3],
+        draw=[dict(), dict(do_sample=True), dict(eos_token_id=[2, 7, 11, 13])],
+    )
+)
+
+
+@pytest.mark.parametrize("family,settings,batch,draw", READ_ON, ids=str)
+def test_recurrent_members_read_on(family, settings, batch, draw):
     """Proposals are rejected and accepted; states go back, several times to the same place."""
-    models, inputs = [*recurrent(family), tiny("llama")], prompts(batch)
-    for settings in (dict(weights=[0.5, 0.4, 0.1], num_assistant_tokens=[2, 3, 1]), dict(num_assistant_tokens=1)):
-        assert_same(models, inputs, settings, max_new_tokens=24, **draw)
+    models = [*recurrent(family), tiny("llama")]
+    assert_same(models, prompts(batch), settings, max_new_tokens=24, **draw)

@@ -5,6 +5,7 @@ import threading
 import oracle
 import pytest
 import torch
+from covering import pairwise
 from families import BOS, EOS, PAD, members, prompts, tiny, tokenizer
 from transformers import (
     GenerationConfig,
@@ -76,9 +77,9 @@ FEATURES = {  # what generate() is given, and the same processors for the oracle
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["weighted", "product"])
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    "feature,name,batch", pairwise(dict(feature=list(FEATURES), name=["weighted", "product"], batch=[1, 3]))
+)
 def test_processors_are_the_formula(feature, name, batch):
     models, inputs = members("llama", 3), prompts(batch)
     arguments, processors = FEATURES[feature]

@@ -46,7 +46,7 @@ def pair():
 @pytest.mark.parametrize("draw", [dict(do_sample=False), dict(do_sample=True)])
 def test_never_more_passes_than_the_standard_ensemble_but_one_at_the_end(likeness, draw):
     main, assistant = members("llama", 2, likeness)
-    for seed in range(20):
+    for seed in range(8):
         passes = []
         for speculative in BOTH:
             torch.manual_seed(seed)

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from covering import pairwise
 from families import EOS, PAD, members, prompts
 from test_sampling import PROMPTS, chi_square_p, counts, draw, small_members
 from test_sampling import batch as batch_of
@@ -63,12 +64,20 @@ class Trie:
         return branches(path)
 
 
-@pytest.mark.parametrize("drafter", [None, "prompt_lookup"])
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("combine_on", ["probs", "logits", "raw_logits"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("likeness", [0.3, 0.9])
-def test_a_trie_sees_only_what_it_allowed(likeness, batch, combine_on, draw, drafter):
+TRIES = pairwise(
+    dict(
+        likeness=[0.3, 0.9],
+        batch=[1, 3],
+        combine_on=["probs", "logits", "raw_logits"],
+        # Where and how tokens fall that the trie allowed
+        draw_and_drafter=[(draw, drafter) for draw in DRAWS for drafter in (None, "prompt_lookup")],
+    )
+)
+
+
+@pytest.mark.parametrize("likeness,batch,combine_on,draw_and_drafter", TRIES)
+def test_a_trie_sees_only_what_it_allowed(likeness, batch, combine_on, draw_and_drafter):
+    draw, drafter = draw_and_drafter
     models, inputs = members("llama", 3, likeness), prompts(batch, vocab=12)
     texts = []
     for speculative in (True, False):

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from covering import pairwise
 from families import PAD, VOCAB, members, prompts, tiny
 from transformers import (
     DynamicCache,
@@ -63,7 +64,7 @@ def _calls(drafter):
     names = [name for name, method in oracle.METHODS.items() if 2 in method.members]
     lengths = ["auto", 1, 4, "auto"]
     settings = [dict(), dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=2)]
-    for i in range(24):
+    for i in range(12):
         config = oracle.config_of(names[i % len(names)], 2, num_assistant_tokens=lengths[i % 4], alternate=i % 5 > 0)
         inputs = prompts((1, 3)[i % 2], seed=i)
         if drafter is not None:  # something to look up
@@ -213,9 +214,9 @@ def _stage(stage, models, fuse, monkeypatch):
 STAGES = ["main model", "assistant", "proposing", "verifying", "processor", "criterion", "streamer"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("k", [1, 2, 5])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage,k,error", pairwise(dict(stage=STAGES, k=[1, 2, 5], error=[RuntimeError, KeyboardInterrupt]))
+)
 def test_an_interrupted_call_can_be_made_again(stage, k, error, monkeypatch):
     """With everything that was given to it, the cache among it; the first failures are those of the prompts' passes."""
     # The window is shorter than the text, so that there are slots which only a roll-back needs
@@ -316,9 +317,9 @@ def assert_sound(models, name, draw, same_as_standard=True, **kwargs):
     return outputs[0]
 
 
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype,name,draw", pairwise(dict(dtype=[torch.float16, torch.bfloat16], name=PAIRS, draw=list(DRAWS)))
+)
 def test_half_precision(dtype, name, draw):
     models = [copy.deepcopy(model).to(dtype) for model in members("llama", 2)]
     assert_sound(models, name, draw, same_as_standard=False, temperature=0.9, top_p=0.95)
@@ -344,9 +345,7 @@ BANNED = {
 }
 
 
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("banned", BANNED)
+@pytest.mark.parametrize("banned,name,draw", pairwise(dict(banned=list(BANNED), name=PAIRS, draw=list(DRAWS))))
 def test_heads_that_rule_out_tokens(banned, name, draw):
     models = [_with_logits(model, _banning(tokens)) for model, tokens in zip(members("llama", 2), BANNED[banned])]
     out = assert_sound(models, name, draw)
@@ -368,9 +367,7 @@ def test_a_processor_that_leaves_one_token(name, draw):
     assert out.sequences[0, PROMPT:].tolist() == [(length * 7) % VOCAB for length in range(PROMPT, PROMPT + 8)]
 
 
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("likeness", [0.0, 0.9])
+@pytest.mark.parametrize("likeness,name,draw", pairwise(dict(likeness=[0.0, 0.9], name=PAIRS, draw=list(DRAWS))))
 def test_one_token_with_all_the_mass(likeness, name, draw):
     """softmax gives exactly 0 and 1: q is 0 where r is not, and the residual is all of r."""
     models = [_with_logits(model, lambda logits: 1e6 * logits) for model in members("llama", 2, likeness)]
@@ -458,7 +455,7 @@ def watched(models, config, batch, new_tokens):
     return np.array(columns), np.array(held), out
 
 
-@pytest.mark.parametrize("new_tokens", [600, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("new_tokens", [600, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_long_text_of_members_that_disagree(new_tokens):
     """Three rows that lose proposals at different places: caches grow with the text only, and passes a token do not."""
     models = unrelated(2, 2 * new_tokens)

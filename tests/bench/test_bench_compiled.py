@@ -15,7 +15,12 @@ from hf_spec_ensemble.members.warmup import warmup
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What generations are asked for and which passes are compiled ones, by variant. Tracing alone: that is quicker."""
+    """
+    What generations are asked for and which passes are compiled ones, by variant. Tracing alone, of a few layers: that
+    is quicker.
+    """
+    load = partial(measure.AutoModelForCausalLM.from_pretrained, num_hidden_layers=1)
+    monkeypatch.setattr(measure.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(Plan, "compile_config", CompileConfig(backend="eager", mode=None))
     seen = {"passes": Counter(), "lengths": set(), "measured": ""}
     whole, caches, run = measure.Bench._measure, measure.Bench._caches, Graphs.run

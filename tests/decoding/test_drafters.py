@@ -94,7 +94,7 @@ def test_samples_follow_the_ensemble_whatever_a_generator_says(drafter, coupling
     torch.manual_seed(0)
     prompt = torch.tensor([[5, 3, 8]])
     texts = []
-    for _ in range(1200):
+    for _ in range(400):
         out = models[0].generate(
             prompt, attention_mask=torch.ones_like(prompt), assistant_model=models[1], ensemble_config=config,
             drafter=drafter, do_sample=True, max_new_tokens=2,

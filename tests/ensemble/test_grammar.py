@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from covering import pairwise
 from families import EOS, PAD, prompts, tiny
 from families import members as related
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -78,10 +79,17 @@ def texts(sequences):
     return ["".join(names[token] for token in row if token > EOS) for row in sequences[:, 7:].tolist()]
 
 
-@pytest.mark.parametrize("draw", [dict(do_sample=False), dict(do_sample=True)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("likeness", [0.0, 0.9])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["weighted", "weighted logits", "weighted raw logits", "product"])
+CASES = pairwise(
+    dict(
+        name=["weighted", "weighted logits", "weighted raw logits", "product"],
+        batch=[1, 3],
+        likeness=[0.0, 0.9],
+        draw=[dict(do_sample=False), dict(do_sample=True)],
+    )
+)
+
+
+@pytest.mark.parametrize("name,batch,likeness,draw", CASES, ids=str)
 def test_json_of_an_ensemble(grammar, name, batch, likeness, draw):
     models, inputs = members(likeness), prompts(batch, vocab=len(ALPHABET))
     outputs = []

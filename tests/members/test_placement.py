@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
+from covering import pairwise
 from families import EOS, prompts, tiny
 
 import hf_spec_ensemble as se
@@ -106,23 +107,23 @@ def spread(model, layout, folder):
     return accelerate.dispatch_model(copy.deepcopy(model), LAYOUTS[layout], offload_dir=folder, main_device="cpu")
 
 
-@pytest.mark.parametrize("which", ["main", "assistant", "drafter"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_member_spread_over_memory_and_disk(layout, which, tmp_path):
+SPREAD = pairwise(
+    dict(layout=list(LAYOUTS), which=["main", "assistant", "drafter"], batch=[1, 3], draw=["greedy", "gumbel"])
+)
+
+
+@pytest.mark.parametrize("layout,which,batch,draw", SPREAD)
+def test_a_member_spread_over_memory_and_disk(layout, which, batch, draw, tmp_path):
     models = [tiny("llama", seed=seed) for seed in range(3)]
     placed = [
         spread(model, layout, tmp_path) if which == role else model
         for role, model in zip(("main", "assistant", "drafter"), models)
     ]
-    for batch in (1, 3):
-        for draw in ("greedy", "gumbel"):
-            wanted = generate(models[:2], prompts(batch), draw, speculative=False).sequences
-            got = generate(placed[:2], prompts(batch), draw, drafter=placed[2]).sequences
-            assert got.tolist() == wanted.tolist()
-            if which != "drafter":
-                assert (
-                    generate(placed[:2], prompts(batch), draw, speculative=False).sequences.tolist() == wanted.tolist()
-                )
+    wanted = generate(models[:2], prompts(batch), draw, speculative=False).sequences
+    got = generate(placed[:2], prompts(batch), draw, drafter=placed[2]).sequences
+    assert got.tolist() == wanted.tolist()
+    if which != "drafter":
+        assert generate(placed[:2], prompts(batch), draw, speculative=False).sequences.tolist() == wanted.tolist()
 
 
 def test_a_model_loaded_with_a_device_map(tmp_path):
@@ -196,32 +197,28 @@ def cut(model):
     return lambda ids, use_cache: SimpleNamespace(logits=model(ids, use_cache=use_cache).logits[..., :SHARED])
 
 
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("drafter", [None, 199, 203, "prompt_lookup"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_vocabularies_are_cut_to_the_tokens_that_all_members_know(sizes, drafter, draw):
+CUT = pairwise(dict(sizes=SIZES, drafter=[None, 199, 203, "prompt_lookup"], draw=list(DRAWS), batch=[1, 3]))
+
+
+@pytest.mark.parametrize("sizes,drafter,draw,batch", CUT, ids=str)
+def test_vocabularies_are_cut_to_the_tokens_that_all_members_know(sizes, drafter, draw, batch):
     """Whatever is drawn, every token's distribution is the formula's on the text before it."""
     models = [padded(vocab, seed) for seed, vocab in enumerate(sizes)]
     extra = {} if drafter is None else dict(drafter=padded(drafter, 7) if isinstance(drafter, int) else drafter)
-    for batch in (1, 3):
-        inputs = prompts(batch, vocab=SHARED)
-        outputs = [
-            generate(models, inputs, draw, speculative, **(extra if speculative else {})) for speculative in BOTH
-        ]
-        if draw != "maximal":
-            assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
-        for out in outputs:
-            assert out.sequences.max() < SHARED
-            mask = inputs["attention_mask"]
-            for step in range(0, 12, 4):
-                ids = out.sequences[:, : PROMPT + step]
-                seen = torch.cat([mask, mask.new_ones(batch, step)], 1)
-                log_r = oracle.next_log_probs(
-                    [cut(m) for m in models], ids, seen, "weighted", [at_temperature_of(draw)]
-                )
-                scores = out.scores[step]
-                assert scores.shape == (batch, sizes[0]) and (scores[:, SHARED:] == -torch.inf).all()
-                torch.testing.assert_close(scores[:, :SHARED].double(), log_r, rtol=0, atol=1e-5)
+    inputs = prompts(batch, vocab=SHARED)
+    outputs = [generate(models, inputs, draw, speculative, **(extra if speculative else {})) for speculative in BOTH]
+    if draw != "maximal":
+        assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
+    for out in outputs:
+        assert out.sequences.max() < SHARED
+        mask = inputs["attention_mask"]
+        for step in range(0, 12, 4):
+            ids = out.sequences[:, : PROMPT + step]
+            seen = torch.cat([mask, mask.new_ones(batch, step)], 1)
+            log_r = oracle.next_log_probs([cut(m) for m in models], ids, seen, "weighted", [at_temperature_of(draw)])
+            scores = out.scores[step]
+            assert scores.shape == (batch, sizes[0]) and (scores[:, SHARED:] == -torch.inf).all()
+            torch.testing.assert_close(scores[:, :SHARED].double(), log_r, rtol=0, atol=1e-5)
 
 
 def test_the_models_of_these_tests_would_say_padding():

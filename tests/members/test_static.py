@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from covering import pairwise
 from families import FAMILIES, MORE_FAMILIES, NEWER, members, prompts, tiny
 from test_cached_prefix import go_on
 from test_encoder_decoder import members as encoder_decoder_members
@@ -118,11 +119,12 @@ def test_memory_is_allocated_once(family, compact_at, monkeypatch):
     assert allocated == [inputs["input_ids"].shape[1] + 90 + WIDTHS[-1]] * layers
 
 
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("speculative", [True, False], ids=["speculative", "standard"])
-@pytest.mark.parametrize("way", [STATIC, COMPILED], ids=["static", "compiled"])
+CONTINUED = pairwise(dict(way=["static", "compiled"], speculative=[True, False], batch=[1, 3], do_sample=[False, True]))
+
+
+@pytest.mark.parametrize("way,speculative,batch,do_sample", CONTINUED)
 def test_a_second_call_continues(way, speculative, batch, do_sample):
+    way = {"static": STATIC, "compiled": COMPILED}[way]
     models, inputs = members("llama", 2), prompts(batch)
     settings = dict(num_assistant_tokens=2, speculative=speculative)
     first = generate(models, inputs, settings, eos_token_id=None, max_cache_len=100, **way)
@@ -235,7 +237,7 @@ def test_each_width_waits_for_its_turn_without_warming_up(fresh):
 def test_a_model_is_compiled_for_as_many_shapes_as_are_asked_for(fresh):
     """torch gives up on code that it has compiled eight times."""
     models = fresh()
-    for batch in range(1, 11):
+    for batch in range(1, 10):
         se.warmup(models[1:], 20, batch_size=batch, compile_config=COUNTED, widths=[1], progress=False)
         assert (batch, 1) in compiled_shapes
 
@@ -247,12 +249,13 @@ def test_caches_serve_later_calls(fresh, monkeypatch):
         StaticLayer, "lazy_initialization",
         lambda layer, keys, values: (allocated.append(layer), initialize(layer, keys, values)),
     )  # fmt: skip
-    out = generate(models, prompts(1), dict(check_members=False), **COMPILED)
+    settings = dict(num_assistant_tokens=1, check_members=False)
+    out = generate(models, prompts(1), settings, **COMPILED)
     first = len(allocated)
     assert first == sum(model.config.num_hidden_layers for model in models)
     kept = [layer.keys.clone() for layer in out.past_key_values.layers]
     for seed in range(3):
-        generate(models, prompts(1, seed=seed), dict(speculative=seed > 0, check_members=False), **COMPILED)
+        generate(models, prompts(1, seed=seed), settings | dict(speculative=seed > 0), **COMPILED)
     assert len(allocated) == first
     for layer, keys in zip(out.past_key_values.layers, kept):
         assert torch.equal(layer.keys, keys)
@@ -285,11 +288,12 @@ def test_costs_of_passes_that_are_padded():
 
 def test_threads_share_compiled_models(fresh):
     models = fresh()
-    expected = [generate(models, prompts(1, seed=i), {}, do_sample=False).sequences.tolist() for i in range(2)]
+    settings = dict(num_assistant_tokens=1)
+    expected = [generate(models, prompts(1, seed=i), settings, do_sample=False).sequences.tolist() for i in range(2)]
     got = [None] * 2
 
     def work(i):
-        got[i] = generate(models, prompts(1, seed=i), {}, do_sample=False, **COMPILED).sequences.tolist()
+        got[i] = generate(models, prompts(1, seed=i), settings, do_sample=False, **COMPILED).sequences.tolist()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -316,7 +320,9 @@ def test_what_cannot_be_compiled_is_refused():
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.parametrize("options", [dict(), dict(mode=None, options={"freezing": True})], ids=["plain", "frozen"])
 def test_with_inductor(options, fresh):
-    models = fresh("llama", 2)
+    fresh()
+    # Of one layer each: what is compiled for one serves the other
+    models = [copy.deepcopy(tiny("llama", seed=seed, layers=1)) for seed in range(2)]
     config = CompileConfig(**options)
     se.warmup(models, max_length=60, compile_config=config, widths=[1, 2], progress=False)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -280,7 +280,7 @@ def _one_by_one(models, inputs, config, draws, length=3, **kwargs):
         models[0].generate(
             **inputs, assistant_model=models[1:], ensemble_config=config, do_sample=True, max_new_tokens=length
         )[0, length_of_prompt:]
-        for _ in range(1500)
+        for _ in range(800)
     ]
     return torch.stack([torch.nn.functional.pad(text, (0, length - len(text))) for text in texts])[None]
 

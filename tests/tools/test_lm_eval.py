@@ -1,6 +1,7 @@
 """Ensembles as a model of lm-evaluation-harness, on local tasks."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -118,8 +119,8 @@ def test_tasks_are_scored(tasks, models, tokenizer):
         model="hf-spec-ensemble",
         model_args={"members": [str(FAMILY / "reader"), str(FAMILY / "solver")], "weights": [0.7, 0.3],
                     "dtype": "float32"},
-        tasks=["says", "chooses"], task_manager=TaskManager(include_path=str(tasks)), batch_size=3,
-        device="cpu", bootstrap_iters=0,
+        tasks=["says", "chooses"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=3, device="cpu", bootstrap_iters=0,
     )  # fmt: skip
     assert results["results"]["says"]["exact_match,none"] == 1.0
     chosen = []
@@ -135,6 +136,8 @@ def test_a_saved_ensemble_from_the_command_line(tasks, tmp_path, capsys, monkeyp
         tmp_path / "both", [FAMILY / "reader", FAMILY / "solver"], se.EnsembleConfig(), drafter="prompt_lookup"
     )
     monkeypatch.setattr("sys.argv", [])
+    # Reading all that comes with lm_eval takes seconds
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     main(
         ["--model_args", f"ensemble={folder}", "weights=0.7+0.3", "dtype=float32", "--tasks", "says",
          "--include_path", str(tasks), "--device", "cpu"]
