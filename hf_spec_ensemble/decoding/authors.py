@@ -170,12 +170,16 @@ class ModelAuthor(Author):
             probs = distribution.evidence_of(scores)
             for row, n in enumerate(np.minimum(late, count).tolist()):
                 for j in range(n):
-                    self.context.final_scores.add(self.index, row, int(first[row]) + j, probs[row, j], logits[row, j])
+                    self._pass_on(row, int(first[row]) + j, probs[row, j], logits[row, j])
         self.context.recorder.ran(self.index, first + late, added)
         self.evidence.put(have, distribution.evidence_of(scores), late, added)
         self.peaks.put(have, scores.amax(-1, keepdim=True), late, added)
         if self.logits is not None:
             self.logits.put(have, logits, late, added)
+
+    def _pass_on(self, row: int, position: int, probs: torch.Tensor, logits: torch.Tensor | None) -> None:
+        """Gives scores `[V]` of a final position to who keeps them for the output."""
+        self.context.final_scores.add(self.index, row, position, probs, None if self.logits is None else logits)
 
     def offer(self):
         """The next token of every open row of which it has seen all."""
@@ -211,8 +215,7 @@ class ModelAuthor(Author):
             for row, gained in enumerate(outcome.gained.tolist()):
                 for j in range(min(gained, self.evidence.count(row))):
                     logits = None if self.logits is None else self.logits.at(row, j)
-                    position, evidence = int(text.final[row]) + j, self.evidence.at(row, j)
-                    self.context.final_scores.add(self.index, row, position, evidence, logits)
+                    self._pass_on(row, int(text.final[row]) + j, self.evidence.at(row, j), logits)
         final = text.final + outcome.gained
         # A token drawn from r has been seen by no member; a kept proposal is settled
         keep, settled = np.where(outcome.falls, final - 1, text.total), final - outcome.falls
@@ -222,6 +225,7 @@ class ModelAuthor(Author):
         for held in (self.evidence, self.peaks, self.logits):
             if held is not None:
                 held.drop_first(outcome.gained)
+                held.keep_first(np.maximum(self.member.seen + 1 - final, 0))
         return []
 
     def close(self):

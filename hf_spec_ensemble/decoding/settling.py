@@ -75,7 +75,7 @@ class Owner:
 
     def asked(self, text, members):
         owner = self.drawing.owners(text.final)
-        return [(owner == i) & text.active for i in range(len(members))]
+        return [(owner == i) & (author.member.seen < text.final) & text.active for i, author in enumerate(members)]
 
     def target(self, context, members, count, form):
         owner = self.drawing.owners(context.text.final[:, None] + np.arange(int(count.max())))

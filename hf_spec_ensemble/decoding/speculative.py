@@ -19,6 +19,7 @@ from ..notices import STANDARD
 from ..schedule.acceptance import Acceptance
 from ..schedule.auto import Auto, Memory
 from ..schedule.led import led
+from ..schedule.mixture import AutoMixture, predict_mixture
 from ..schedule.roles import Roles
 from ..schedule.theory import predict
 from ..schedule.turns import Schedule, Turns
@@ -31,7 +32,7 @@ from .drawing import drawing_rule
 from .final_scores import FinalScores
 from .names import kept_name, names_of, titles_of
 from .output import EnsembleStats, Transcript, output_class
-from .settling import settling_rule
+from .settling import Owner, settling_rule
 from .text import Text
 from .validate import check_prompt, shared_vocabulary
 
@@ -154,7 +155,10 @@ def _schedule(call: Call, roles: Roles, authors: list[Author]) -> Schedule:
     memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
     costs = [author.costs for author in authors]
     may_propose, watches = roles.may_propose(config), call.drafter == PROMPT_LOOKUP
-    return Auto(memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches)
+    arguments = memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches
+    if call.generation_config.do_sample and config.coupling == "ancestral":
+        return AutoMixture(*arguments, weights=roles.config(config).weights)
+    return Auto(*arguments)
 
 
 def _report(
@@ -182,7 +186,7 @@ def _report(
         accepted=of_authors("accepted"),
         member_seconds=of_authors("seconds"),
         seconds=seconds,
-        predicted_speedup=_predicted_speedup(candidates_of.schedule.turns, authors, transcript),
+        predicted_speedup=_predicted_speedup(candidates_of, transcript),
     )
     return output_class(call.model)(
         sequences=transcript.sequences,
@@ -205,13 +209,24 @@ def _trace(call: Call, roles: Roles, candidates_of: EnsembleCandidateGenerator, 
     return recorder.trace(names, roles.order, roles.members, transcript.lengths, seconds, rule)
 
 
-def _predicted_speedup(turns: Turns, authors: list[Author], transcript: Transcript) -> float | None:
+def _predicted_speedup(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> float | None:
     """What `theory.predict` expects of these lengths for these texts, from their acceptance and the costs."""
     batch, steps = len(transcript.sequences), transcript.new_tokens
+
+    def cost(i: int, width: int) -> float:
+        return authors[i].costs.seconds(batch, width) or 0.0
+
+    authors, turns = candidates_of.authors, candidates_of.schedule.turns
     needed = (author for i, author in enumerate(authors) if i < turns.members or turns.lengths[i])
     if any(author.costs.measured(batch, 1) is None for author in needed):
         return None
     acceptance = [author.accepted / author.verified if author.verified else 0.0 for author in authors]
-    expected = predict(turns, acceptance, lambda i, width: authors[i].costs.seconds(batch, width) or 0.0)
+    if isinstance(candidates_of.settling, Owner):
+        weights = candidates_of.context.drawing.weights
+        proposer = max(range(len(authors)), key=lambda i: (turns.lengths[i], i))
+        proposer = proposer if turns.lengths[proposer] > 1 or proposer >= turns.members else None
+        expected = predict_mixture(turns, weights, proposer, acceptance[proposer or 0], cost)
+    else:
+        expected = predict(turns, acceptance, cost)
     speculative, prompt = steps * expected.seconds_per_token, sum(author.prompt_seconds for author in authors)
     return (prompt + expected.speedup * speculative) / (prompt + speculative)

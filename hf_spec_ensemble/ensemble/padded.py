@@ -40,6 +40,11 @@ class Ragged:
         for row, vectors, have, start, n in zip(self._rows, new.unbind(0), at.tolist(), first.tolist(), count.tolist()):
             row[have:] = vectors.unbind(0)[start : start + n]
 
+    def keep_first(self, count: np.ndarray) -> None:
+        """Removes all but the first `count[b]` of row b."""
+        for row, n in zip(self._rows, count.tolist()):
+            del row[n:]
+
     def count(self, row: int) -> int:
         """How many vectors row b has."""
         return len(self._rows[row])
