@@ -92,11 +92,13 @@ FACTORS = dict(
     batch=[1, 3],
     alternate=[True, False],
     lengths=["ones", "4", "mixed"],
-    draw=["greedy", "shared noise"],
+    draw=["greedy", "gumbel", "ancestral"],
 )
 
 
 def _may_meet(case):
+    if case.get("draw") == "ancestral" and case.get("name", "weighted") != "weighted":
+        return False
     return not {"name", "n"} <= set(case) or case["n"] in oracle.METHODS[case["name"]].members
 
 
@@ -126,7 +128,12 @@ def test_speculative_is_standard(family, name, setting, n, batch, alternate, len
     for speculative in (True, False):
         torch.manual_seed(5)
         config = oracle.config_of(
-            name, n, alternate=alternate, num_assistant_tokens=count, coupling="gumbel", speculative=speculative
+            name,
+            n,
+            alternate=alternate,
+            num_assistant_tokens=count,
+            speculative=speculative,
+            coupling="auto" if draw == "greedy" else draw,
         )
         outputs.append(generate(models, inputs, config, **sampling, **kwargs))
     one, two = outputs

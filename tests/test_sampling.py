@@ -72,6 +72,12 @@ def small_members(n: int, family: str = "llama", likeness: float = 0.9) -> list:
     return [copy.deepcopy(model).float() for model in members(family, n, likeness, vocab=VOCAB)]
 
 
+def _may_meet(case) -> bool:
+    if case.get("coupling_and_shaped", ("",))[0] == "ancestral" and case.get("name", "weighted") != "weighted":
+        return False
+    return not {"name", "n"} <= set(case) or case["n"] in oracle.METHODS[case["name"]].members
+
+
 CASES = pairwise(
     dict(
         name=["weighted", "weighted logits", "product", "contrastive", "callable"],
@@ -79,9 +85,9 @@ CASES = pairwise(
         prompts=[1, 3],
         alternate=[True, False],
         # Which of a coupling's draws go wrong depends on what is left of the probabilities
-        coupling_and_shaped=[("maximal", False), ("maximal", True), ("gumbel", False), ("gumbel", True)],
+        coupling_and_shaped=[(rule, shaped) for rule in ("maximal", "gumbel", "ancestral") for shaped in (False, True)],
     ),
-    lambda case: not {"name", "n"} <= set(case) or case["n"] in oracle.METHODS[case["name"]].members,
+    _may_meet,
 )
 
 
@@ -93,8 +99,10 @@ def test_samples_follow_the_ensemble(name, n, prompts, alternate, coupling_and_s
     assert p_value(models, prompts, config, name, shaped) > 1e-3
 
 
-@pytest.mark.parametrize("coupling", ["maximal", "gumbel"])
-@pytest.mark.parametrize("name", ["weighted", "contrastive"])
+@pytest.mark.parametrize(
+    "name,coupling",
+    [("weighted", "maximal"), ("weighted", "gumbel"), ("weighted", "ancestral"), ("contrastive", "gumbel")],
+)
 def test_the_standard_ensemble_follows_it_too(name, coupling):
     models = small_members(2)
     config = oracle.config_of(name, 2, coupling=coupling, speculative=False)
@@ -108,7 +116,7 @@ def test_samples_of_different_proposal_lengths(lengths, n):
     assert p_value(models, 3, config, "weighted") > 1e-3
 
 
-@pytest.mark.parametrize("coupling", ["maximal", "gumbel"])
+@pytest.mark.parametrize("coupling", ["maximal", "gumbel", "ancestral"])
 @pytest.mark.parametrize("family", ["lfm2", "mpt"])
 def test_samples_of_rows_in_step(family, coupling):
     """Rows are cut to the slowest, those that would end among them: by another's draws, never by their own."""

@@ -105,7 +105,7 @@ def test_beams_of_the_standard_ensemble():
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_memory_is_allocated_once(family, compact_at, monkeypatch):
     """Rows that accept little leave hidden slots behind, for which a static cache has no room."""
-    monkeypatch.setattr("hf_spec_ensemble.members.member.COMPACT_AT", compact_at)
+    monkeypatch.setattr("hf_spec_ensemble.members.cached.COMPACT_AT", compact_at)
     allocated, models = [], members(family, 2, likeness=0.0)
     initialize = StaticLayer.lazy_initialization
     monkeypatch.setattr(
