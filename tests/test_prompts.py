@@ -7,7 +7,7 @@ import oracle
 import pytest
 import test_vision
 import torch
-from families import EOS, FAMILIES, PAD, VOCAB, members, prompts, tiny
+from families import FAMILIES, PAD, VOCAB, members, prompts, tiny
 from test_encoder_decoder import members as encoder_decoder_members
 from test_sampling import PROMPTS, chi_square_p, counts, draw, small_members
 from transformers import CompileConfig
@@ -228,16 +228,14 @@ def test_beams(own_rows, by_hand):
 
 
 def test_exhaustive_beam_search_finds_the_most_probable_text():
-    vocab = 8
     model = small_members(1)[0].double()
     own = [torch.tensor([5, 3, 4]), torch.tensor([6])]
     probs = oracle.continuation_probs([model] * 2, own[0], "weighted", 3, prompts=own)
     config = oracle.config_of("weighted", 2, speculative=False)
-    text = model.generate(
-        own[0][None], assistant_model=se.with_prompt(model, own[1][None]), ensemble_config=config, do_sample=False,
-        num_beams=10 * vocab * vocab, max_new_tokens=3, length_penalty=0.0, eos_token_id=None,
-    )[0, 3:]  # fmt: skip
-    assert EOS in text.tolist() or probs[tuple(text.tolist())] == probs.max()
+    group, inputs = [model, se.with_prompt(model, own[1][None])], {"input_ids": own[0][None]}
+    search = dict(num_beams=len(probs) ** 2, length_penalty=0.0, early_stopping=False, max_new_tokens=3)
+    text = generate(group, inputs, config, **search)[0, 3:].tolist()
+    assert probs[tuple(text + [PAD] * (3 - len(text)))] == probs.max()
 
 
 def test_by_hand_and_again_and_in_transformers_assisted_loop():
