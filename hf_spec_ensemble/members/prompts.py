@@ -32,7 +32,8 @@ def with_prompt(
     The weights are not copied. Each member has its own cache. What is measured of a model's passes, and how it was
     found to read, is shared by all members that are this model. `model` may be the main model itself.
 
-    Logits processors, stopping criteria, `"prompt_lookup"` and the output see the main model's prompt alone.
+    Logits processors, stopping criteria, `"prompt_lookup"` and the output see the main model's prompt alone. Where
+    texts grow beyond what "dynamic" rotary embeddings were made for, these are state that all members share.
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or what `with_adapter` returns):
