@@ -5,7 +5,10 @@ import hf_spec_ensemble as se
 model.generate(**inputs, assistant_model=other, ensemble_config=se.EnsembleConfig(weights=[0.5, 0.5]))
 """
 
-from . import compat  # noqa: F401  says what is wrong with the version of transformers before anything fails on it
+from . import (
+    compat,  # noqa: F401  says what is wrong with the version of transformers before anything fails on it
+    recipes,
+)
 from .config import EnsembleConfig
 from .decoding.logits_process import EnsembleLogitsProcessor
 from .decoding.method import ensemble_decoding
@@ -13,6 +16,7 @@ from .decoding.output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOu
 from .hub import Ensemble, MemberReference, ensemble_card, load_ensemble, push_ensemble, save_ensemble
 from .integration import disable, enable
 from .members.adapters import with_adapter
+from .members.prompts import with_prompt
 from .members.warmup import warmup
 from .trace import Trace
 from .version import __version__ as __version__
@@ -33,9 +37,11 @@ __all__ = [
     "ensemble_decoding",
     "load_ensemble",
     "push_ensemble",
+    "recipes",
     "save_ensemble",
     "warmup",
     "with_adapter",
+    "with_prompt",
 ]
 
 enable()

@@ -3,6 +3,7 @@ The ensemble by its formulas: every member reads the whole prefix of every row, 
 token. Uses nothing of the package but `EnsembleConfig`, to say which formula is meant.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,8 +89,11 @@ def config_of(name: str, n: int, **kwargs) -> EnsembleConfig:
 
 
 @torch.no_grad()
-def next_log_probs(models, ids, mask, name: str | Method, processors=()) -> torch.Tensor:
-    """log r [B, V] of the token that follows `ids` [B, T], where `mask` [B, T] is 0 on left padding."""
+def next_log_probs(models, ids, mask, name: str | Method, processors=(), texts=None) -> torch.Tensor:
+    """
+    log r [B, V] of the token that follows `ids` [B, T], where `mask` [B, T] is 0 on left padding. Processors see `ids`;
+    models too, unless `texts` has other ids and masks for each of them.
+    """
 
     def alone(model, row, visible):
         return model(row[visible.bool()][None], use_cache=False).logits[0, -1]
@@ -100,34 +104,50 @@ def next_log_probs(models, ids, mask, name: str | Method, processors=()) -> torc
             scores = processor(ids, scores)
         return scores
 
-    logits = torch.stack([torch.stack([alone(m, row, seen) for row, seen in zip(ids, mask)]) for m in models])
+    texts = texts or [(ids, mask)] * len(models)
+    logits = torch.stack([torch.stack([alone(m, *row) for row in zip(*text)]) for m, text in zip(models, texts)])
     method = name if isinstance(name, Method) else METHODS[name]
     return method.log_r(logits, process)
 
 
 def greedy(
-    models, inputs, name: str | Method, max_new_tokens: int, processors=(), eos=(EOS,)
+    models, inputs, name: str | Method, max_new_tokens: int, processors=(), eos=(EOS,), prompts=()
 ) -> tuple[torch.Tensor, list]:
-    """Text [B, T] and log r [B, V] of every new token; finished rows are padded."""
+    """
+    Text [B, T] and log r [B, V] of every new token; finished rows are padded. `prompts` are those of the models' own,
+    `None` or missing for `inputs`.
+    """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    own = [prompt or inputs for prompt, _ in itertools.zip_longest(prompts, models)]
+    texts = [[x.expand(len(ids), -1) for x in (p["input_ids"], p["attention_mask"])] for p in own]
     done = torch.zeros(len(ids), dtype=torch.bool)
     scores = []
     while not done.all() and len(scores) < max_new_tokens:
-        scores.append(next_log_probs(models, ids, mask, name, processors))
+        scores.append(next_log_probs(models, ids, mask, name, processors, texts))
         token = torch.where(done, PAD, scores[-1].argmax(-1))
-        ids = torch.cat([ids, token[:, None]], dim=1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        ids, mask = _longer(ids, mask, token[:, None])
+        texts = [_longer(*text, token[:, None]) for text in texts]
         done = done | torch.isin(token, torch.tensor(eos))
     return ids, scores
 
 
+def _longer(ids, mask, token):
+    return torch.cat([ids, token], dim=1), torch.cat([mask, torch.ones_like(token)], dim=1)
+
+
 @torch.no_grad()
-def continuation_probs(models, prompt, name: str, length: int, processors=()) -> torch.Tensor:
-    """The probability of every continuation `[V] * length` of one prompt [T]; after EOS there is only PAD."""
+def continuation_probs(models, prompt, name: str, length: int, processors=(), prompts=()) -> torch.Tensor:
+    """
+    The probability of every continuation `[V] * length` of one prompt [T]; after EOS there is only PAD. `prompts` [T_i]
+    are those of the models' own, `None` or missing for `prompt`.
+    """
     vocab = models[0].config.vocab_size
+    own = [prompt if one is None else one for one, _ in itertools.zip_longest(prompts, models)]
     prefixes, probs = prompt[None], torch.ones(1, dtype=torch.float64)
     for _ in range(length):
-        logits = torch.stack([m(prefixes, use_cache=False).logits[:, -1] for m in models])
+        new = prefixes[:, len(prompt) :]
+        texts = [torch.cat([one.expand(len(new), -1), new], dim=1) for one in own]
+        logits = torch.stack([m(text, use_cache=False).logits[:, -1] for m, text in zip(models, texts)])
 
         def process(scores, prefixes=prefixes):
             for processor in processors:

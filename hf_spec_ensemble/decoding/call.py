@@ -1,5 +1,6 @@
 """Call: what one `generate()` call hands to its decoding method."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..compat import encoded, given_cache, without_cache
 from ..config import EnsembleConfig
 from ..members.adapters import is_model
-from ..members.placement import Placed
+from ..members.placement import Placed, device_of
+from ..members.prompts import Prompt
 from ..members.ranks import Ranks
 from ..members.runner import Running
 
@@ -25,6 +27,7 @@ class Call:
         model, input_ids (`torch.LongTensor` `[B, P]`), logits_processor, stopping_criteria, generation_config,
             synced_gpus, streamer, inputs_tensor, model_kwargs: As `generate()` hands them to its decoding methods.
         assistants (`list[PreTrainedModel]`): The other members.
+        prompts (`list[Prompt | None]`): Those that `models` have for their own; `None` for the main model's.
         config (`EnsembleConfig`): Of `for_members`.
         drafter: As `ensemble_decoding` takes it.
         media (`dict[str, torch.Tensor]`): Images and videos that the main model has encoded already, as its caller gave
@@ -40,6 +43,7 @@ class Call:
     synced_gpus: bool
     streamer: BaseStreamer | None
     assistants: list[PreTrainedModel]
+    prompts: list[Prompt | None]
     config: EnsembleConfig
     drafter: PreTrainedModel | str | CandidateGenerator | None
     inputs_tensor: torch.Tensor | None
@@ -89,28 +93,50 @@ class Call:
         as_dict = self.generation_config.return_dict_in_generate
         return bool(as_dict and (name == "dict" or getattr(self.generation_config, f"output_{name}")))
 
-    def assistant_kwargs(self, assistants: list[PreTrainedModel]) -> list[dict]:
+    @property
+    def repeats(self) -> int:
+        """How many rows there are for each prompt."""
+        return max(self.generation_config.num_beams or 1, self.generation_config.num_return_sequences or 1)
+
+    def inputs_of(self, places: Sequence[int]) -> list[tuple[torch.Tensor, dict]]:
         """
-        What each assistant's `forward` is given, on its device, as transformers' own candidate generator prepares it.
-        Every assistant encodes with its own encoders what these read.
+        What those at these places among `models` read, none of them the main model: the prompt `[B, P]` and what their
+        `forward` is given besides, on their devices.
+
+        Raises:
+            `ValueError`: for one that has prompts of its own for another number of rows.
         """
+        ids, models, inputs = self.input_ids.long(), self.models, []
+        for i in places:
+            if (own := self.prompts[i]) is None:
+                inputs.append((ids, self._kwargs_of(models[i])))
+            else:
+                prompt, mask = own.rows(len(ids), self.repeats, device_of(models[i]))
+                inputs.append((prompt, {"attention_mask": mask}))
+        return inputs
+
+    def longest_of(self, place: int) -> int:
+        """Tokens of the longest text of the one at this place among `models`, its prompt included."""
+        own = self.prompts[place]
+        return self.max_length if own is None else own.length + self.max_new_tokens
+
+    def _kwargs_of(self, model: PreTrainedModel) -> dict:
+        """
+        What an assistant's `forward` is given, on its device, as transformers' own candidate generator prepares it. It
+        encodes with its own encoders what these read.
+        """
+        assistant = Placed(model)
         input_ids, inputs_tensor, config = self.input_ids, self.inputs_tensor, self.generation_config
-        repeats = max(config.num_beams or 1, config.num_return_sequences or 1)
         of_main_model = {
             name: value for name, value in without_cache(self.model_kwargs).items() if name != "mm_encoder_outputs"
         }
         if inputs_tensor is not None:
             inputs_tensor = inputs_tensor.repeat_interleave(len(input_ids) // len(inputs_tensor), dim=0)
-        prepared = []
-        for assistant in map(Placed, assistants):
-            kwargs = AssistedCandidateGenerator(
-                input_ids, assistant, config, of_main_model, inputs_tensor
-            ).assistant_kwargs
-            if self.media:
-                _, expanded = assistant._expand_inputs_for_generation(
-                    expand_size=repeats, is_encoder_decoder=False, input_ids=input_ids[::repeats], **self.media
-                )
-                kwargs |= {name: value.to(assistant.device) for name, value in expanded.items()}
-                kwargs = encoded(assistant, kwargs.get("inputs_embeds"), kwargs, None, config)
-            prepared.append(kwargs)
-        return prepared
+        kwargs = AssistedCandidateGenerator(input_ids, assistant, config, of_main_model, inputs_tensor).assistant_kwargs
+        if self.media:
+            _, expanded = assistant._expand_inputs_for_generation(
+                expand_size=self.repeats, is_encoder_decoder=False, input_ids=input_ids[:: self.repeats], **self.media
+            )
+            kwargs |= {name: value.to(assistant.device) for name, value in expanded.items()}
+            kwargs = encoded(assistant, kwargs.get("inputs_embeds"), kwargs, None, config)
+        return kwargs

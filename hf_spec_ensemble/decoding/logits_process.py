@@ -1,5 +1,7 @@
 """EnsembleLogitsProcessor: the standard ensemble, every member token by token, as an ordinary LogitsProcessor."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -11,6 +13,7 @@ from ..ensemble.processing import PositionwiseProcessor
 from ..members.check import check_reading
 from ..members.member import Member
 from ..members.placement import device_of
+from ..members.prompts import leading_padding, split
 from ..members.ranks import Ranks
 from ..members.runner import Running
 from ..members.stopwatch import Stopwatch
@@ -31,6 +34,9 @@ class EnsembleLogitsProcessor(LogitsProcessor):
 
     The assistants' KV caches follow the calls: a step that adds one token to each row runs one pass over it, beams are
     reordered, and anything else (a new prompt) starts afresh.
+
+    Assistants with prompts of their own (`with_prompt`) read these, and then what follows the prompt of the first step.
+    Their rows are those of one call, so make a processor for each.
 
     Args:
         model (`PreTrainedModel`):
@@ -71,10 +77,11 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         attention_mask: torch.Tensor | None = None,
         encoder_inputs: dict[str, torch.Tensor] | None = None,
     ):
-        self.assistants = assistant_list(assistant_models)
+        given = assistant_list(assistant_models)
+        config = check_members([model, *given], ensemble_config)
+        self.assistants, self.prompts = split(given)
         models = [model, *self.assistants]
-        config = check_members(models, ensemble_config)
-        self.pad_token_id = self._padding_token(model)
+        self.model = model
         self.attention_mask = attention_mask
         self.encoder_inputs = encoder_inputs
         if (encoder_inputs is not None) != model.config.is_encoder_decoder:
@@ -86,7 +93,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         self.distribution = EnsembleDistribution(
             config, PositionwiseProcessor(LogitsProcessorList()), shared_vocabulary(models), device_of(model)
         )
-        self.assistant_kwargs: list[dict] | None = None
+        self.assistant_inputs: list[tuple[torch.Tensor, dict]] | None = None  # of the call, if there is one
+        self.longest: list[int | None] = [None] * len(self.assistants)  # tokens of their texts
         self.running, self.ranks = Running(), Ranks()
         self.normalize = False
         self.form = "log_probs"
@@ -102,7 +110,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
     def for_call(
         cls,
         call: Call,
-        assistants: list[PreTrainedModel],
+        places: Sequence[int],
         config: EnsembleConfig,
         form: str,
         names: list[str],
@@ -113,16 +121,19 @@ class EnsembleLogitsProcessor(LogitsProcessor):
 
         Args:
             call (`Call`): Whose logits processors, caches and processes it uses.
-            assistants (`list[PreTrainedModel]`), config (`EnsembleConfig`): Those that have a weight.
+            places (`Sequence[int]`): Of the assistants that have a weight, among `call.models`.
+            config (`EnsembleConfig`): Of these and the main model.
             form (`str`): Of what it returns, as for `EnsembleDistribution.target`.
             names (`list[str]`, N): What errors call the members.
         """
         none = {} if call.model.config.is_encoder_decoder else None  # the call has what encoders made of it
-        processor = cls(call.model, assistants, config, encoder_inputs=none)
+        processor = cls(call.model, [call.models[i] for i in places], config, encoder_inputs=none)
+        processor.prompts = [call.prompts[i] for i in places]
         beams = (call.generation_config.num_beams or 1) > 1
         processor.distribution.process = PositionwiseProcessor(call.logits_processor, beams=beams)
         processor.distribution.names = names
-        processor.assistant_kwargs = call.assistant_kwargs(assistants)
+        processor.assistant_inputs = call.inputs_of(places)
+        processor.longest = [call.longest_of(i) for i in places]
         processor.running, processor.ranks = call.running, call.ranks
         processor.normalize = beams  # a beam search passes on log-probabilities, not logits
         processor.form = form
@@ -193,7 +204,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             return
         parents = self._parents(input_ids)
         if parents is None:
-            self._begin(input_ids)
+            self._begin(input_ids[:, : self._prompt_length] if self._goes_back(input_ids) else input_ids)
             self._ready_for = None
         elif (parents != torch.arange(len(parents))).any():
             for member in self.members:
@@ -204,8 +215,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         self.close()
         self._ready_for, self._prompt_length = input_ids, input_ids.shape[1]
         self.members = [
-            member_of(model, kwargs, input_ids, self.running.runner(model, len(input_ids)))
-            for model, kwargs in zip(self.assistants, self._prompt_kwargs(input_ids))
+            member_of(model, kwargs, prompt, self.running.runner(model, len(prompt), longest=longest))
+            for model, (prompt, kwargs), longest in zip(self.assistants, self._inputs(input_ids), self.longest)
         ]
         if self.distribution.config.check_members:
             longest = self.running.max_length
@@ -213,6 +224,16 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             check_reading(self.members, False, self.ranks, new_tokens)
         for stopwatches, member in zip(self._stopwatches, self.members):
             stopwatches.append(member.stopwatch)
+
+    def _goes_back(self, input_ids: torch.Tensor) -> bool:
+        """Whether the rows are those of the last call again, with no more tokens behind the same prompts."""
+        previous, prompt = self._previous, self._prompt_length
+        return (
+            previous is not None
+            and len(previous) == len(input_ids)
+            and prompt < input_ids.shape[1] <= previous.shape[1]
+            and torch.equal(previous[:, :prompt], input_ids[:, :prompt])
+        )
 
     def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """For each row the cached row `[B]` that it continues by one token; `None` if there is one that has none."""
@@ -223,9 +244,11 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         rows = torch.arange(len(current))
         if torch.equal(previous, current):
             return rows
-        # Numbers for the different texts, as their padding hides them, then a cached row for each number
-        visible = torch.from_numpy(self.members[0].visible).long()
-        _, number = torch.cat([torch.cat([previous, visible], 1), torch.cat([current, visible], 1)]).unique(
+        # Numbers for the different texts, as their padding hides them and behind what prompts members have of their
+        # own, then a cached row for each number
+        behind = [torch.from_numpy(member.visible).long() for member in self.members]
+        behind += [member.prompt.cpu() for member, own in zip(self.members, self.prompts) if own is not None]
+        _, number = torch.cat([torch.cat([previous, *behind], 1), torch.cat([current, *behind], 1)]).unique(
             dim=0, return_inverse=True
         )
         cached = torch.full((len(number),), -1)
@@ -233,18 +256,23 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         parents = cached[number[len(rows) :]]
         return None if (parents < 0).any() else parents
 
-    def _prompt_kwargs(self, input_ids: torch.Tensor) -> list[dict]:
-        if self.assistant_kwargs is not None:
-            return self.assistant_kwargs
+    def _inputs(self, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, dict]]:
+        """The assistants' prompts `[B, P]`, and what they are given besides."""
+        if self.assistant_inputs is not None:
+            return self.assistant_inputs
+        rows = len(input_ids)
         if self.encoder_inputs is not None:
-            return [self._encoded(model, len(input_ids)) for model in self.assistants]
+            return [(input_ids, self._encoded(model, rows)) for model in self.assistants]
         mask = self.attention_mask
         if mask is None or mask.shape[1] != input_ids.shape[1]:
-            mask = torch.ones_like(input_ids)
-            if self.pad_token_id is not None:
-                mask = ((input_ids != self.pad_token_id).cumsum(1) > 0).long()
-        mask = mask.repeat_interleave(len(input_ids) // len(mask), dim=0)
-        return [{"attention_mask": mask.to(device_of(model))} for model in self.assistants]
+            mask = leading_padding(self.model, input_ids)
+        mask = mask.repeat_interleave(rows // len(mask), dim=0)
+        inputs = []
+        for model, own in zip(self.assistants, self.prompts):
+            repeats = 1 if own is None or rows % len(own.input_ids) else rows // len(own.input_ids)
+            ids, seen = (input_ids, mask) if own is None else own.rows(rows, repeats, device_of(model))
+            inputs.append((ids, {"attention_mask": seen.to(device_of(model))}))
+        return inputs
 
     def _encoded(self, model: PreTrainedModel, rows: int) -> dict:
         """What an assistant's decoder is given besides tokens, for so many rows."""
@@ -252,10 +280,3 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         tensor, name, kwargs = model._prepare_model_inputs(None, None, given)
         kwargs = encoded(model, tensor, kwargs, name, model.generation_config)
         return model._expand_inputs_for_generation(rows // len(tensor), is_encoder_decoder=True, **kwargs)[1]
-
-    @staticmethod
-    def _padding_token(model: PreTrainedModel) -> int | None:
-        """The padding token, if it can be told from the end of a sequence; as transformers infers masks."""
-        config = model.generation_config
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        return None if config.pad_token_id in eos else config.pad_token_id

@@ -20,6 +20,7 @@ from ..members.cache import (
     keep_whole_source,
     restored_on_error,
 )
+from ..members.prompts import split
 from ..members.ranks import ranks_of
 from ..trace import Trace
 from .call import Call
@@ -102,11 +103,13 @@ def ensemble_decoding(
     """
     assistants = assistant_list(assistant_models)
     config = check_members([model, *assistants], ensemble_config or EnsembleConfig(), drafter)
+    (*assistants, drafter), own_prompts = split([*assistants, drafter])
     check_call(config, generation_config, logits_processor, input_ids, model_kwargs)
     encoded = model_kwargs.get("mm_encoder_outputs")
     media = {name: value for name, value in (media or {}).items() if encoded and name not in model_kwargs}
     models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
-    check_media(models[1:], encoded, media, model_kwargs)
+    prompts = [None, *own_prompts][: len(models)]
+    check_media([m for m, own in zip(models[1:], prompts[1:]) if own is None], encoded, media, model_kwargs)
 
     synced_gpus = check_sharding(models, config, synced_gpus)
     ranks = ranks_of(models)
@@ -115,7 +118,7 @@ def ensemble_decoding(
     decode = speculative if config.speculative else standard
     call = Call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-        config, drafter, inputs_tensor, media, ranks, model_kwargs,
+        prompts, config, drafter, inputs_tensor, media, ranks, model_kwargs,
     )  # fmt: skip
     with restored_on_error(call.cache):
         output = decode(call)

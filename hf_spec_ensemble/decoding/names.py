@@ -1,6 +1,7 @@
 """What members and drafters are called: in errors, in traces, and where measurements are kept."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,10 +12,11 @@ def kept_name(thing: Any) -> str | None:
     return thing if isinstance(thing, str) or thing is None else getattr(thing, "__qualname__", type(thing).__name__)
 
 
-def names_of(authors: list) -> list[str]:
-    """What a person calls models and drafters, each different."""
+def names_of(authors: list, prompts: Sequence[Any] = ()) -> list[str]:
+    """What a person calls models and drafters, each different; of some of them, prompts of their own are given."""
     names = [getattr(getattr(author, "config", None), "_name_or_path", None) or kept_name(author) for author in authors]
     names = [name.rstrip("/").split("/")[-1] for name in names]
+    names = [f"{name}, own prompt" if own else name for name, own in zip_longest(names, prompts)]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 

@@ -118,10 +118,16 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
 def _members(call: Call, roles: Roles) -> list[Member]:
     """The members and the model that drafts, in the order of authors, checked."""
     models, running = call.models, call.running
-    prepared = [without_fresh_static_cache(call.model_kwargs), *call.assistant_kwargs(models[1:])]
-    runners = [running.runner(m, len(call.input_ids), given_cache(kwargs)) for m, kwargs in zip(models, prepared)]
-    ids = call.input_ids.long()
-    readers = [member_of(models[i], prepared[i], ids, runners[i]) for i in roles.order if i < len(models)]
+    of_main_model = call.input_ids.long(), without_fresh_static_cache(call.model_kwargs)
+    prepared = [of_main_model, *call.inputs_of(range(1, len(models)))]
+    runners = [
+        running.runner(model, len(ids), given_cache(kwargs), call.longest_of(i))
+        for i, (model, (ids, kwargs)) in enumerate(zip(models, prepared))
+    ]
+    readers = [
+        member_of(models[i], kwargs, ids, runners[i])
+        for i, (ids, kwargs) in ((i, prepared[i]) for i in roles.order if i < len(models))
+    ]
     for reader in readers:
         _check_roll_back(reader)
     if call.config.check_members:
@@ -150,7 +156,7 @@ def _schedule(call: Call, roles: Roles, authors: list[Author]) -> Schedule:
     ensemble = (
         kept_name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
         config.coupling, config.alternate, call.generation_config.do_sample, batch, kept_name(call.drafter),
-        models[0].runner.way,
+        models[0].runner.way, tuple(own is not None for own in call.prompts),
     )  # fmt: skip
     memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
     costs = [author.costs for author in authors]
@@ -204,7 +210,7 @@ def _trace(call: Call, roles: Roles, candidates_of: EnsembleCandidateGenerator, 
     drafter: list[PreTrainedModel | str | CandidateGenerator] = [call.drafter] * (
         call.drafter is not None and not is_model(call.drafter)
     )
-    names = names_of([*call.models, *drafter])
+    names = names_of([*call.models, *drafter], call.prompts)
     recorder = candidates_of.context.recorder
     return recorder.trace(names, roles.order, roles.members, transcript.lengths, seconds, rule)
 

@@ -166,14 +166,14 @@ def _ensemble(call: Call, beams: bool) -> EnsembleLogitsProcessor:
     models = [call.model, *call.assistants]
     roles = Roles.of(call.config, [model.num_parameters() for model in models])
     config = replace(call.config, num_assistant_tokens=AUTO)  # plays no role, and need not fit the members left
-    members = [models[i] for i in roles.order[: roles.members]] if roles.members > 1 else models
+    places = roles.order[: roles.members] if roles.members > 1 else range(1 + len(call.assistants))
     if roles.members > 1:
         config = roles.config(config)
-    check_prompt(call.input_ids, members)
+    check_prompt(call.input_ids, [models[i] for i in places])
     samples = call.generation_config.do_sample or call.generation_config.output_scores
     return EnsembleLogitsProcessor.for_call(
         call,
-        members[1:],
+        places[1:],
         config,
         form="log_probs" if beams or samples else "scores",
         names=titles_of(models, roles.order[: roles.members]),

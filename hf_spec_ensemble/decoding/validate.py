@@ -12,6 +12,7 @@ from ..config import EnsembleConfig
 from ..ensemble.processing import in_order_only
 from ..members.adapters import AdapterView, adds_virtual_tokens, is_model
 from ..members.cache import tokens_held
+from ..members.prompts import PromptView, model_of
 from ..members.ranks import is_sharded
 from ..notices import STANDARD, warn_once
 from .drafter import PROMPT_LOOKUP
@@ -57,6 +58,12 @@ def check_members(
     """
     if not isinstance(config, EnsembleConfig):
         raise TypeError(f"`ensemble_config` must be an EnsembleConfig, but is a {type(config).__name__}: {config!r}.")
+    if isinstance(members[0], PromptView):
+        raise TypeError(
+            f"The main model reads the prompt of the call and has none of its own, but is {members[0]!r}: pass the "
+            "model itself."
+        )
+    members, drafter = [model_of(member) for member in members], model_of(drafter)
     named = [(member, "the main model" if i == 0 else f"assistant model {i}") for i, member in enumerate(members)]
     if is_model(drafter):
         named.append((drafter, "the drafter"))
@@ -232,6 +239,7 @@ def check_media(models: list[PreTrainedModel], encoded: dict | None, media: dict
     Checks that the assistants and drafters can be given what the main model is given besides text.
 
     Args:
+        models (`list[PreTrainedModel]`): Those that read the main model's prompt.
         encoded (`dict`, *optional*): What the main model's encoders made of images and videos before the first pass.
         media (`dict`): The inputs of these encoders.
         model_kwargs (`dict`): What the main model's `forward` is given.
@@ -239,7 +247,7 @@ def check_media(models: list[PreTrainedModel], encoded: dict | None, media: dict
     Raises:
         `ValueError`: if a model takes no such inputs, or if they are not known.
     """
-    if any(value is not None for value in (encoded or {}).values()) and not media:
+    if models and any(value is not None for value in (encoded or {}).values()) and not media:
         raise ValueError(
             "The images or videos reached the ensemble only as encoded by the main model, while the assistants need "
             "their own: call `generate(..., assistant_model=..., ensemble_config=...)` instead of `custom_generate=`."

@@ -15,6 +15,7 @@ from ..config import EnsembleConfig
 from ..decoding.drafter import PROMPT_LOOKUP
 from ..files import naming, parse_object
 from ..members.adapters import is_model
+from ..members.prompts import PromptView
 
 
 ACCESS = ("token", "cache_dir", "local_files_only", "trust_remote_code")  # arguments for whatever is downloaded
@@ -67,6 +68,11 @@ class MemberReference:
             raise TypeError(
                 "A member must be a folder, the id of a repository on the Hub, a `MemberReference` or a loaded model, "
                 f"but is a {type(member).__name__}: {str(member)[:80]!r}."
+            )
+        if isinstance(member, PromptView):
+            raise ValueError(
+                f"{member!r} has a prompt of its own, which belongs to a call and is not saved: save the model, and "
+                "give `with_prompt` to `generate()`."
             )
         name = member.config._name_or_path
         if not name:

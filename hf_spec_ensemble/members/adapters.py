@@ -62,6 +62,8 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> "AdapterView":
     ... ).shape
     torch.Size([1, 7])
     """
+    if hasattr(model, "of_other"):  # it has a prompt of its own, which it keeps
+        return model.of_other(with_adapter(model.model, adapter))
     _switchable(model)
     return AdapterView(base_of(model), adapter)
 

@@ -171,7 +171,8 @@ class Member:
         if not self._takes(self._positions_name):
             return None
         if given is None:
-            given = torch.from_numpy(np.maximum(self.prompt_visible.cumsum(-1) - 1, 0)).to(self.device)
+            visible = self.prompt_visible
+            given = torch.from_numpy(np.where(visible, visible.cumsum(-1) - 1, 0)).to(self.device)
         return given
 
     def _takes(self, argument: str) -> bool:

@@ -267,9 +267,14 @@ class Running:
             config = CompileConfig()
         return cls(max(max_length, generation_config.max_cache_len or 0), static, config)
 
-    def runner(self, model: PreTrainedModel, batch: int, cache: Cache | None = None) -> Runner:
+    def runner(
+        self, model: PreTrainedModel, batch: int, cache: Cache | None = None, longest: int | None = None
+    ) -> Runner:
         """
         For a member, that goes on with `cache` if there is one.
+
+        Args:
+            longest (`int`, *optional*): Tokens of its own longest text, where that has a prompt of its own.
 
         Raises:
             `ValueError`: if the cache has too few slots, or the model cannot be compiled.
@@ -281,7 +286,7 @@ class Running:
                 f"A {type(model).__name__} with ALiBi does not work with static caches in transformers: leave out "
                 "`cache_implementation`."
             )
-        slots = self.max_length + WIDTHS[-1]  # a pass may be padded at the end of the text
+        slots = max(self.max_length, longest or 0) + WIDTHS[-1]  # a pass may be padded at the end of the text
         if cache is not None:
             if cache.get_max_length() < slots:
                 raise ValueError(

@@ -11,6 +11,7 @@ from transformers import CompileConfig, PreTrainedModel
 from .adapters import is_model
 from .cached import CachedMember
 from .placement import device_of
+from .prompts import model_of
 from .runner import SETTLED, WIDTHS, Running
 
 
@@ -74,6 +75,7 @@ def warmup(
     for member in members:
         if not is_model(member):
             raise TypeError(f"`members` must be loaded transformers models, but one is a {type(member).__name__}.")
+    members = [model_of(member) for member in members]
     running = Running(max_length, static=True, compile_config=compile_config or CompileConfig())
     runners = [running.runner(model, batch_size) for model in members]
     seconds = []
