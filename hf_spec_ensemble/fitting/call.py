@@ -1,5 +1,6 @@
 """The way in: checks, texts, passes, weights, report, in this order."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,8 @@ def fit(
 
     Returns:
         `FitResult`, with the `config`, or for several sets `FitResults`, a `dict` of them. If reading is interrupted
-        (Ctrl-C), of the texts that were read by then; if the search is, with the best weights so far. It says so.
+        (Ctrl-C), of the texts that were read by then; if the search is, with the best weights so far. It says so, and
+        which sets were not fitted.
 
     Raises:
         `ValueError`: before the first pass, for members that do not fit together, an unknown method, no texts, empty
@@ -124,6 +126,9 @@ def fit(
             break
         if results[name].interrupted:
             break
+    unread = [name for name in parts if name not in results]
+    if unread:
+        warnings.warn(f"Interrupted: {unread} were not fitted.", stacklevel=2)
     return results if isinstance(texts, Mapping) else results[FIT]
 
 
@@ -187,7 +192,7 @@ def _fit(reading: Reading, method: str, plausibility: float | str, names: list[s
             plausibility = greatest_plausibility(reading.blocks(held_out=False))
         objective = Objective(lambda: reading.blocks(held_out=False), plausibility)
         if method == "product":
-            found = [round(weight, DIGITS) for weight in product_weights(objective, n).tolist()]
+            found = [round(weight, DIGITS) + 0.0 for weight in product_weights(objective, n).tolist()]  # not -0.0
             if max(found) <= 0:
                 raise ValueError(
                     f"The texts are most likely with weights that no product can have, {found}: all members find them "

@@ -131,8 +131,9 @@ class Reading:
             if kept is None:
                 each = (self._logits(member, batch.texts) for member in self.members)
                 kept = torch.stack([_finite(logits.log_softmax(-1)).to(device) for logits in each])
-            for at in range(0, kept.shape[1], CHUNK):
-                yield Block(kept[:, at : at + CHUNK].to(device), batch.tokens[at : at + CHUNK].to(device))
+            tokens = batch.tokens
+            for at in range(0, len(tokens), CHUNK):
+                yield Block(kept[:, at : at + CHUNK].to(device), tokens[at : at + CHUNK].to(device))
 
     @torch.inference_mode()
     def _logits(self, member: PreTrainedModel, texts: list[Text]) -> torch.Tensor:

@@ -165,6 +165,21 @@ def test_an_interruption_keeps_what_was_read(monkeypatch, method):
         fit(models, texts, method=method, batch_size=2)
 
 
+def test_an_interruption_keeps_the_sets_that_were_fitted(monkeypatch):
+    logits, read = Reading._logits, []
+
+    def interrupted(self, *args):
+        read.append(args)
+        if len(read) > 4:  # two parts of one set, two members
+            raise KeyboardInterrupt
+        return logits(self, *args)
+
+    monkeypatch.setattr(Reading, "_logits", interrupted)
+    with pytest.warns(UserWarning, match=r"Interrupted: \['two'\] were not fitted"):
+        results = fit(unlike(2), {"one": pairs(), "two": pairs()}, batch_size=100)
+    assert list(results) == ["one"] and not results["one"].interrupted
+
+
 def test_several_sets_have_weights_each():
     models = unlike(2)
     sets = {"one": sampled((0.7, 0.3)), "two": pairs()}
