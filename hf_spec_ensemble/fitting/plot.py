@@ -70,7 +70,7 @@ def _triangle(log_probs: torch.Tensor, fitted: Sequence[float], names: Sequence[
     levels = torch.quantile(nats, torch.linspace(0, 1, 16, dtype=torch.float64) ** 1.5).unique()
     if len(levels) > 2:
         shown = ax.tricontourf(*(weights @ corners).T, nats, levels=levels.tolist(), cmap="viridis_r")
-        ax.figure.colorbar(shown, ax=ax, label="nats per token, fitted texts", format="%.3f", shrink=0.8)
+        ax.figure.colorbar(shown, ax=ax, label="nats per token, fitted texts", format="%.4f", shrink=0.8)
     ax.plot(*corners[[0, 1, 2, 0]].T, color="0.3", lw=1)
     best = torch.tensor([fitted], dtype=torch.float64)
     _mark(ax, *(best @ corners)[0].tolist())

@@ -231,7 +231,9 @@ def _warnings(result: FitResult):
     if result.interrupted:
         yield "interrupted: the weights are the best so far, of the texts that were read until then"
     for gain in result.gains:
-        if gain.is_noise:
+        if gain.nats.high < 0:
+            yield f"fitted is worse than {gain.over} on the held-out texts: the fitted ones are too few, or others"
+        elif gain.is_noise:
             yield f"the gain over {gain.over} is within noise: more texts would tell"
     if result.held_out.texts < FEW:
         yield f"the intervals are of {result.held_out.texts} held-out texts, too few to rely on"
