@@ -13,6 +13,7 @@ from .config import EnsembleConfig
 from .decoding.logits_process import EnsembleLogitsProcessor
 from .decoding.method import ensemble_decoding
 from .decoding.output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOutput, EnsembleStats
+from .fitting import FitResult, FitResults, fit
 from .hub import Ensemble, MemberReference, ensemble_card, load_ensemble, push_ensemble, save_ensemble
 from .integration import disable, enable
 from .members.adapters import with_adapter
@@ -29,12 +30,15 @@ __all__ = [
     "EnsembleEncoderDecoderOutput",
     "EnsembleLogitsProcessor",
     "EnsembleStats",
+    "FitResult",
+    "FitResults",
     "MemberReference",
     "Trace",
     "disable",
     "enable",
     "ensemble_card",
     "ensemble_decoding",
+    "fit",
     "load_ensemble",
     "push_ensemble",
     "recipes",

@@ -16,7 +16,7 @@ NAME = PACKAGE.name
 FLOORS = (
     ("bench", "demo", "tools", "cli", "harness", "theory"),  # the last three are aliases, for users alone
     ("__init__",),
-    ("hub", "recipes"),
+    ("hub", "recipes", "fitting"),
     ("integration",),
     ("decoding",),
     ("schedule",),

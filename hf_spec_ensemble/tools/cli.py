@@ -6,6 +6,7 @@ Ensembles from the command line.
     hf-spec-ensemble generate "Why is the sky blue?" --members ./base ./math --weights 0.6 0.4 --trace trace.html
     hf-spec-ensemble bench --members ./base ./math --tasks gsm8k
     hf-spec-ensemble eval --model_args members=./base+./math --tasks arc_easy
+    hf-spec-ensemble fit --members ./base ./math --data-file rows.jsonl --columns question answer --out FOLDER
     hf-spec-ensemble card FOLDER --members org/base org/math --weights 0.6 0.4
 
 Models are folders or names on the Hub; `reader`, `solver` and `draft` are embedded in the package.
@@ -35,6 +36,7 @@ from .arguments import add_config_arguments, check_device, config_of, encode, lo
 
 ELSEWHERE = {  # commands with options of their own, and what these need installed
     "bench": ("..bench.__main__", "measure an ensemble (extra `bench`)"),
+    "fit": (".fit", "find the weights that make texts most likely, and write the ensemble's folder"),
     "eval": (".harness", "score an ensemble on the tasks of lm-evaluation-harness (extra `lm_eval`)"),
 }
 
