@@ -88,7 +88,7 @@ def summarise(records: Records) -> list[Summary]:
     for record in records.of_kind("divergence"):
         gaps[_condition(record), record["variant"]].append(record["gap"])
 
-    repeatable = records.header["settings"]["config"]["coupling"] == "gumbel"
+    repeatable = records.header["settings"]["config"]["coupling"] != "maximal"
     summaries = []
     for condition, variants in runs.items():
         standard = {_turn(record): record for record in variants[STANDARD]}

@@ -27,6 +27,8 @@ class EnsembleStats:
         seconds (`float`): From the first forward pass to the last token.
         member_seconds (`list[float]`): Inside the forward passes. For the standard ensemble the main model's entry also
             holds the rest of transformers' own loop.
+        owned (`list[int]`): Tokens that were drawn from each member, where a speculative ensemble draws with
+            `"ancestral"` coupling; else empty.
         predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, those over the prompt
             included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
             proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch
@@ -47,6 +49,7 @@ class EnsembleStats:
     accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0
     member_seconds: list[float] = field(default_factory=list)
+    owned: list[int] = field(default_factory=list)
     predicted_speedup: float | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
@@ -28,7 +29,7 @@ from .authors import Author, Context, GeneratorAuthor, ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drafter import PROMPT_LOOKUP, GeneratorDrafter
-from .drawing import drawing_rule
+from .drawing import Ancestral, drawing_rule
 from .final_scores import FinalScores
 from .names import kept_name, names_of, titles_of
 from .output import EnsembleStats, Transcript, output_class
@@ -192,6 +193,7 @@ def _report(
         accepted=of_authors("accepted"),
         member_seconds=of_authors("seconds"),
         seconds=seconds,
+        owned=_owned(roles, _owners(candidates_of, transcript), transcript),
         predicted_speedup=_predicted_speedup(candidates_of, transcript),
     )
     return output_class(call.model)(
@@ -212,7 +214,24 @@ def _trace(call: Call, roles: Roles, candidates_of: EnsembleCandidateGenerator, 
     )
     names = names_of([*call.models, *drafter], call.prompts)
     recorder = candidates_of.context.recorder
-    return recorder.trace(names, roles.order, roles.members, transcript.lengths, seconds, rule)
+    owners = _owners(candidates_of, transcript)
+    return recorder.trace(names, roles.order, roles.members, transcript.lengths, seconds, rule, owners)
+
+
+def _owners(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> np.ndarray | None:
+    """The authors `[B, T]` that the new tokens were drawn from, where each was drawn from one."""
+    drawing, batch = candidates_of.context.drawing, len(transcript.sequences)
+    if not isinstance(drawing, Ancestral):
+        return None
+    return drawing.owners(np.arange(transcript.new_tokens)[None].repeat(batch, axis=0))
+
+
+def _owned(roles: Roles, owners: np.ndarray | None, transcript: Transcript) -> list[int]:
+    """How many tokens of the texts each author owns."""
+    if owners is None:
+        return []
+    real = np.arange(transcript.new_tokens) < transcript.lengths[:, None]
+    return roles.in_callers_order(np.bincount(owners[real], minlength=len(roles.order)).tolist())
 
 
 def _predicted_speedup(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> float | None:

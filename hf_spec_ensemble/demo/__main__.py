@@ -76,7 +76,7 @@ def report(names: list[str], texts: dict[str, str], outputs: dict[str, list], ar
         lines += [f"Standard:\n{texts['standard']}", "", f"Speculative:\n{texts['speculative']}", ""]
         drawn = args.do_sample and args.coupling == "maximal"
         lines += [
-            "Tokens: not identical; both are draws from the same distribution (--coupling gumbel draws the same text)"
+            "Tokens: not identical; both are draws from the same distribution (--coupling auto draws the same text)"
             if drawn
             else "Tokens: NOT identical"
         ]

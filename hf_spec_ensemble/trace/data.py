@@ -27,8 +27,9 @@ class DraftTrace:
         q (`float`): The probability its author gave it; 1 for a drafter that is no model.
         r (`float`): The probability the ensemble gives it.
         acceptance (`float`): The probability that it was kept, once it was proposed: min(1, r/q) with `"maximal"`
-            coupling, 1 / sum_y max(q(y), r(y) q(x) / r(x)) with `"gumbel"`; greedy, 1 for the ensemble's most probable
-            token and 0 for others.
+            coupling, 1 / sum_y max(q(y), r(y) q(x) / r(x)) with `"gumbel"` and `"ancestral"`; greedy, 1 for the
+            ensemble's most probable token and 0 for others. Where fewer members than all settle a token, what is said
+            of the ensemble is said of these: of the owner, or of those that had scored the position.
         text (`str`, *optional*): What it reads, where the tokenizer is known.
     """
 
@@ -57,6 +58,8 @@ class TokenTrace:
         round (`int`): Of verification, from 1.
         passes (`tuple[int, ...]`): The forward passes that it took, indices of `Trace.passes`: those that scored its
             position, the proposer's among them.
+        owner (`int`, *optional*): The member that it was drawn from, an index of `Trace.authors`, with `"ancestral"`
+            coupling.
         text (`str`, *optional*): What it adds to the text, where the tokenizer is known; empty for a token that
             only a later one completes to a character.
     """
@@ -68,6 +71,7 @@ class TokenTrace:
     draft: DraftTrace | None
     round: int
     passes: tuple[int, ...]
+    owner: int | None = None
     text: str | None = None
 
     @property
@@ -245,8 +249,9 @@ class Trace:
             for name in DraftTrace.__annotations__:
                 fields[f"draft_{name}"] = None if draft is None else getattr(draft, name)
             fields["draft_author"] = None if draft is None else self.authors[draft.author]
+            fields["owner"] = None if token.owner is None else self.authors[token.owner]
             lines.append(fields)
-        columns = ["row", "position", "token", "text", "outcome", "probability", "round", "passes"]
+        columns = ["row", "position", "token", "text", "outcome", "probability", "owner", "round", "passes"]
         return pandas.DataFrame(lines, columns=columns + [f"draft_{name}" for name in DraftTrace.__annotations__])
 
 

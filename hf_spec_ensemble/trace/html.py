@@ -87,7 +87,8 @@ def why(trace: Trace, token: TokenTrace) -> str:
     """What happened at a token, in words."""
     this, draft = f"\u201c{_visible(token.text, token.token)}\u201d", token.draft
     passes = ", ".join(f"{trace.authors[trace.passes[i].author]} #{i + 1}" for i in token.passes)
-    where = f"\nThe ensemble gives {this} {token.probability:.1%}.\nRound {token.round}; passes: {passes}."
+    whose = "The ensemble" if token.owner is None else f"Its owner, {trace.authors[token.owner]},"
+    where = f"\n{whose} gives {this} {token.probability:.1%}.\nRound {token.round}; passes: {passes}."
     if draft is None:
         return f"{this} drawn from the ensemble: every member had scored this position.{where}"
     author = trace.authors[draft.author]

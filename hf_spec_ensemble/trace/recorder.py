@@ -99,7 +99,9 @@ class Recorder(NoRecord):
                 self._scored[b].clear()
         self.round += 1
 
-    def trace(self, names: list[str], order: tuple[int, ...], members: int, lengths, seconds: float, rule: str):
+    def trace(
+        self, names: list[str], order: tuple[int, ...], members: int, lengths, seconds: float, rule: str, owners=None
+    ):
         """
         What was recorded, as a `Trace`.
 
@@ -109,13 +111,17 @@ class Recorder(NoRecord):
             members (`int`): Of them.
             lengths (`np.ndarray` `[B]`): Tokens of the rows' texts; what was verified behind their ends is left out.
             seconds (`float`), rule (`str`): As in `Trace`.
+            owners (`np.ndarray` `[B, T]`, *optional*): Numbers of the authors that tokens were drawn from.
         """
 
         def called(thing: DraftTrace | PassTrace | None):
             return thing and replace(thing, author=order[thing.author])
 
+        def owner(token: TokenTrace) -> int | None:
+            return None if owners is None else order[owners[token.row, token.position]]
+
         rows = [
-            [replace(token, draft=called(token.draft)) for token in row[:length]]
+            [replace(token, draft=called(token.draft), owner=owner(token)) for token in row[:length]]
             for row, length in zip(self.rows, lengths.tolist())
         ]
         return Trace(names, members, rows, [called(run) for run in self.passes], seconds, rule, self.prompts)

@@ -39,12 +39,15 @@ def test_a_sampled_token_costs_one_pass_for_any_number_of_members(n):
 
 def test_a_token_is_drawn_from_its_owner():
     models = [tiny("llama", seed=i) for i in range(2)]
-    out = generate(models, prompts(1), EnsembleConfig(weights=[0.7, 0.3]), do_sample=True, output_logits=True)
+    config = EnsembleConfig(weights=[0.7, 0.3], trace=True)
+    out = generate(models, prompts(1), config, do_sample=True)
     torch.manual_seed(3)
     rule = drawing.Ancestral([0.7, 0.3])
     tokens, position = out.sequences[0], np.arange(16)
     owners = rule.owners(position[None])[0]
     assert 0 < owners.sum() < 16, "not a test of both"
+    assert out.stats.owned == [16 - owners.sum(), owners.sum()]
+    assert [token.owner for token in out.trace.tokens] == owners.tolist()
     for at in position.tolist():
         logits = models[owners[at]](tokens[None, : 7 + at]).logits[0, -1:]
         assert int(rule.propose(logits.softmax(-1), np.array([at]))) == int(tokens[7 + at])
