@@ -88,6 +88,12 @@ class Call:
         pad = self.generation_config._pad_token_tensor
         return 0 if pad is None else int(pad)
 
+    @property
+    def shows_scores(self) -> bool:
+        """Whether scores are seen while the text is made: by stopping criteria that are not transformers' own."""
+        own = (type(criterion).__module__.startswith("transformers.") for criterion in self.stopping_criteria)
+        return self.returns("scores") and not all(own)
+
     def returns(self, name: str) -> bool:
         """Whether the output has `scores`, `logits` or, by `dict`, any names at all."""
         as_dict = self.generation_config.return_dict_in_generate

@@ -9,7 +9,7 @@ from transformers.generation import AssistedCandidateGenerator
 from ..ensemble.padded import Ragged, window
 from ..schedule.turns import Schedule, Situation
 from .authors import Author, Context, ModelAuthor
-from .settling import All
+from .settling import All, Enough, Owner
 from .text import Outcome
 
 
@@ -64,7 +64,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         authors: list[Author],
         members: int,
         schedule: Schedule,
-        settling: All,
+        settling: All | Owner | Enough,
         keep_scores: bool = False,
     ):
         # Not the parent's: that prepares one assistant for its own `generate()`; see `Call.assistant_kwargs`
@@ -181,12 +181,11 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         width = int(count.max())
         start = np.zeros_like(count)
         distribution, form = self.context.distribution, self.context.drawing.form
-        log_r = None
-        if self.keep_scores:  # processors are not called again
-            log_r = self.settling.target(self.context, self.members, count, "log_probs")
-            r = log_r.exp() if form == "probs" else log_r
-        else:
+        log_r = All().target(self.context, self.members, count, "log_probs") if self.keep_scores else None
+        if log_r is None or isinstance(self.settling, Owner):
             r = self.settling.target(self.context, self.members, count, form)
+        else:  # processors are not called again
+            r = log_r.exp() if form == "probs" else log_r
         q = probs = None
         if self.context.recorder.on:
             probs = distribution.probs(r, form)

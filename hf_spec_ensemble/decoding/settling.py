@@ -58,14 +58,15 @@ class Owner:
 
     Args:
         drawing (`Ancestral`): Which draws the owners.
+        complete (`bool`): Whether to wait for all members, since somebody wants to see r at once.
     """
 
-    complete = False
-
-    def __init__(self, drawing: Ancestral):
-        self.drawing = drawing
+    def __init__(self, drawing: Ancestral, complete: bool = False):
+        self.drawing, self.complete = drawing, complete
 
     def scored(self, text, members):
+        if self.complete:
+            return All().scored(text, members)
         seen = np.stack([author.member.seen for author in members])  # [N, B]
         position = text.final[:, None] + np.arange(int(text.unverified.max()) + 1)  # [B, K]
         owner = self.drawing.owners(position)
@@ -74,6 +75,8 @@ class Owner:
         return there.cumprod(axis=1).sum(axis=1) * text.active
 
     def asked(self, text, members):
+        if self.complete:
+            return None
         owner = self.drawing.owners(text.final)
         return [(owner == i) & (author.member.seen < text.final) & text.active for i, author in enumerate(members)]
 
@@ -163,10 +166,15 @@ def _gathered(count: np.ndarray, vector) -> torch.Tensor:
     )
 
 
-def settling_rule(drawing: Greedy, config: EnsembleConfig, batch: int) -> All | Owner | Enough:
-    """The rule that asks fewest members; for a config of `for_members`, of the members alone."""
+def settling_rule(drawing: Greedy, config: EnsembleConfig, batch: int, complete: bool = False) -> All | Owner | Enough:
+    """
+    The rule that asks fewest members; for a config of `for_members`, of the members alone.
+
+    Args:
+        complete (`bool`): Whether all members must have scored a position when its token becomes final.
+    """
     if isinstance(drawing, Ancestral):
-        return Owner(drawing)
-    if isinstance(drawing, Greedy) and config.is_mixture:
+        return Owner(drawing, complete)
+    if isinstance(drawing, Greedy) and config.is_mixture and not complete:
         return Enough(config.weights, batch)
     return All()

@@ -91,7 +91,7 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         titles_of(models, roles.order[: roles.members]),
     )
     drawing = drawing_rule(call.generation_config.do_sample, distribution.config)
-    settling = settling_rule(drawing, distribution.config, len(input_ids))
+    settling = settling_rule(drawing, distribution.config, len(input_ids), call.shows_scores)
     wanted = call.returns("scores"), call.returns("logits")
     late = any(wanted) and not settling.complete
     context = Context(
@@ -163,7 +163,7 @@ def _schedule(call: Call, roles: Roles, authors: list[Author]) -> Schedule:
     costs = [author.costs for author in authors]
     may_propose, watches = roles.may_propose(config), call.drafter == PROMPT_LOOKUP
     arguments = memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches
-    if call.generation_config.do_sample and config.coupling == "ancestral":
+    if call.generation_config.do_sample and config.coupling == "ancestral" and not call.shows_scores:
         return AutoMixture(*arguments, weights=roles.config(config).weights)
     return Auto(*arguments)
 
@@ -246,7 +246,7 @@ def _predicted_speedup(candidates_of: EnsembleCandidateGenerator, transcript: Tr
     if any(author.costs.measured(batch, 1) is None for author in needed):
         return None
     acceptance = [author.accepted / author.verified if author.verified else 0.0 for author in authors]
-    if isinstance(candidates_of.settling, Owner):
+    if isinstance(candidates_of.settling, Owner) and not candidates_of.settling.complete:
         weights = candidates_of.context.drawing.weights
         proposer = max(range(len(authors)), key=lambda i: (turns.lengths[i], i))
         proposer = proposer if turns.lengths[proposer] > 1 or proposer >= turns.members else None

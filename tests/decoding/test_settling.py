@@ -1,5 +1,7 @@
 """What settles a token: the owner of a position, or members that the rest cannot outvote."""
 
+import copy
+
 import numpy as np
 import oracle
 import pytest
@@ -101,7 +103,7 @@ def test_what_is_no_mixture_of_probabilities_has_no_owners(fields):
 
 def test_an_owner_that_gives_nothing_is_named():
     models = members("llama", 2)
-    broken = tiny("llama", seed=5)
+    broken = copy.deepcopy(models[1])
     broken.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"New token \d+ of row 0 has no .*assistant model 1 .* gives nan"):
         generate([models[0], broken], prompts(1), EnsembleConfig(), do_sample=True)
@@ -127,7 +129,7 @@ class TiedModel:
 
     @staticmethod
     def pair():
-        models = [tiny("llama", seed=i) for i in range(2)]
+        models = [copy.deepcopy(tiny("llama", seed=i)) for i in range(2)]
         for model, (favourite, other) in zip(models, ((30, 20), (20, 30))):
             model.lm_head.weight.data.zero_()
             model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), -1e4).double())
