@@ -159,10 +159,11 @@ class ModelAuthor(Author):
         reads = end > member.seen
         first = np.maximum(member.seen + 1, 0)  # [B]: the positions that the new logits predict
         have = text.scored(member.seen)
-        logits = distribution.align(member.score(text.new, end, width))
         late = np.maximum(text.final - first, 0)  # what it missed needs no scores any more, but for the output
         unwanted = 0 if self.context.final_scores else int(late.min())
-        first, late, logits = first + unwanted, late - unwanted, logits[:, unwanted:]
+        unwanted = min(unwanted, int((end - np.maximum(member.seen, -1)).max()) - 1)
+        logits = distribution.align(member.score(text.new, end, width, skip=unwanted))
+        first, late = first + unwanted, late - unwanted
         count = np.maximum(member.seen + 1 - first, 0) * reads
         scores = distribution.scores(logits, text.ids, text.place(first), count)
         added = np.maximum(count - late, 0)

@@ -89,9 +89,13 @@ class CachedMember(Member):
     def visible(self):
         return self._slots == SEEN
 
-    def score(self, new, end, width=0):
+    def score(self, new, end, width=0, skip=0):
         if self._snapshots is None:
-            return self._read(new, end, width)
+            return self._read(new, end, width, skip)
+        return self._read_apart(new, end)[:, skip:]
+
+    def _read_apart(self, new: torch.Tensor, end: np.ndarray) -> torch.Tensor:
+        """A recurrent model's passes; see `score`."""
         final = np.minimum(end, max(int(self.settled.max()), 0))
         if (final == end).all():
             return self._read(new, end)
@@ -99,7 +103,7 @@ class CachedMember(Member):
         self._snapshots.take(int(self.seen.max()))
         return torch.cat([*apart, self._read(new, end)], dim=1)
 
-    def _read(self, new: torch.Tensor, end: np.ndarray, width: int = 0) -> torch.Tensor:
+    def _read(self, new: torch.Tensor, end: np.ndarray, width: int = 0, skip: int = 0) -> torch.Tensor:
         """A forward pass; see `score`."""
         first_pass = self.passes == 0
         count = np.maximum(end - self.seen, 0)
@@ -133,6 +137,8 @@ class CachedMember(Member):
         if inputs.get(self._cache_name) is not self.cache:  # by another name, or dropped for long texts (Phi-3)
             inputs = {**without_cache(inputs), self._cache_name: self.cache}
         keep = width - (unread - 1 if first_pass else 0)
+        left_out = 0 if self.runner.shapes_fixed else skip
+        keep -= left_out
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
         with self._lock, self._within_windows():
@@ -146,7 +152,7 @@ class CachedMember(Member):
         self._slots = np.concatenate([self._slots, slots], axis=1)
         self.seen = self.seen + count
         self.passes += 1
-        return logits[:, : logits.shape[1] - (width - needed)]
+        return logits[:, skip - left_out : logits.shape[1] - (width - needed)]
 
     def _prompt_slots(self, first: int, end: int) -> np.ndarray:
         return np.where(self.prompt_visible[:, first:end], SEEN, MASKED).astype(np.int8)

@@ -95,7 +95,7 @@ class Member:
         if own < vocab_size:
             self._last_token = own - 1
 
-    def score(self, new: torch.Tensor, end: np.ndarray, width: int = 0) -> torch.Tensor:
+    def score(self, new: torch.Tensor, end: np.ndarray, width: int = 0, skip: int = 0) -> torch.Tensor:
         """
         Reads the tokens `new[b, seen[b]:end[b]]` in one forward pass, the whole prompt before them the first time.
 
@@ -103,10 +103,12 @@ class Member:
             new (`torch.LongTensor` `[B, >= max(end)]`): The rows' new tokens.
             end (`np.ndarray` `[B]`): `seen` after the pass, >= 0. Rows with `end[b] == seen[b]` read nothing.
             width (`int`): Least number of tokens to run over in each row, padded by any tokens, which are forgotten.
+            skip (`int`): Logits of the first so many tokens, of those below, that are not wanted; fewer than K.
 
         Returns:
-            `torch.Tensor` `[B, K, V]`, the model's dtype and device: logits after each token read. Of the prompt's only
-            those after its last token are given, so `[b, 0]` predicts new token `max(seen[b] + 1, 0)`.
+            `torch.Tensor` `[B, K - skip, V]`, the model's dtype and device: logits after each token read. Of the
+            prompt's only those after its last token are given, so `[b, 0]` predicts new token
+            `max(seen[b] + 1, 0) + skip`.
         """
         raise NotImplementedError
 

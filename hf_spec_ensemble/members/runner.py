@@ -29,6 +29,7 @@ class Runner:
     """Eager passes, over a cache that grows with the text."""
 
     slots: int | None = None  # of the cache
+    shapes_fixed = False  # whether a pass over so many tokens must always give as many logits
     way = "growing"  # what measurements of these passes are kept under
 
     def __init__(self, model: PreTrainedModel):
@@ -89,6 +90,8 @@ class CompiledRunner(StaticRunner):
         batch (`int`): B.
         compile_config (`CompileConfig`): For `torch.compile`. Shapes are not dynamic unless it says so.
     """
+
+    shapes_fixed = True
 
     def __init__(self, model: PreTrainedModel, slots: int, batch: int, compile_config: CompileConfig):
         options = compile_config.to_dict()

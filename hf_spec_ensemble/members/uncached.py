@@ -38,7 +38,7 @@ class UncachedMember(Member):
     def visible(self):
         return self._visible(self._index(self.seen) < self.seen[:, None])
 
-    def score(self, new, end, width=0):
+    def score(self, new, end, width=0, skip=0):
         """As `Member.score`; `width` plays no role."""
         before = np.maximum(self.seen, -1)
         index = self._index(end)  # [B, S]
@@ -58,7 +58,7 @@ class UncachedMember(Member):
             logits, _ = self.runner.run(inputs, 0)
             self.stopwatch.stop(None)
         self.seen, self.passes = np.maximum(self.seen, end), self.passes + 1
-        return pick(logits[:, -index.shape[1] :], columns(before + self.prompt_length, needed))
+        return pick(logits[:, -index.shape[1] :], columns(before + self.prompt_length + skip, needed - skip))
 
     def forget(self, length, settled):
         self.seen, self.settled = np.minimum(self.seen, length), settled
