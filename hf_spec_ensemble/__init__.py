@@ -13,6 +13,7 @@ from .config import EnsembleConfig
 from .decoding.logits_process import EnsembleLogitsProcessor
 from .decoding.method import ensemble_decoding
 from .decoding.output import EnsembleDecoderOnlyOutput, EnsembleEncoderDecoderOutput, EnsembleStats
+from .decoding.suffixes import Suffixes
 from .fitting import FitResult, FitResults, fit
 from .hub import Ensemble, MemberReference, ensemble_card, load_ensemble, push_ensemble, save_ensemble
 from .integration import disable, enable
@@ -33,6 +34,7 @@ __all__ = [
     "FitResult",
     "FitResults",
     "MemberReference",
+    "Suffixes",
     "Trace",
     "disable",
     "enable",

@@ -267,7 +267,8 @@ class GeneratorAuthor(Author):
         self.stopwatch.start()
         for row in rows:
             end = int(text.total[row])
-            tokens, self._logits[row] = self.drafter.draft(row, text.prefix(row, end), text.max_new_tokens - end)
+            room, pending = text.max_new_tokens - end, text.drawn[row]
+            tokens, self._logits[row] = self.drafter.draft(row, text.prefix(row, end), room, pending)
             stop = next((j + 1 for j, token in enumerate(tokens) if token in text.stop_tokens), None)
             drafts[row] = tokens[:stop]
         drafts = self.context.ranks.agree_on(drafts)
@@ -343,6 +344,7 @@ class GeneratorAuthor(Author):
             if own and outcome.gained[row]:
                 self.drafter.settle(row, text.prefix(row, final + kept), len(own), sum(own))
             gained = [*text.drawn[row][:kept], *drawn]
+            self.drafter.learn(row, gained)
             for hit in self.drafter.compare(row, final, gained, bool(outcome.falls[row])):
                 fates.append((self.drafter.trust[row], hit))
                 self.drafter.judged(row, hit)

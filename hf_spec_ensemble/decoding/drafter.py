@@ -1,9 +1,12 @@
 """Drafters that are no models: transformers' candidate generators as proposers from outside the ensemble."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
 
 from ..members.stopwatch import Stopwatch
+from .suffixes import Suffixes
 
 
 PROMPT_LOOKUP = "prompt_lookup"
@@ -48,20 +51,29 @@ class GeneratorDrafter:
             )
         return cls([drafter], vocab_size)
 
-    def draft(self, row: int, ids: torch.Tensor, most: int) -> tuple[list[int], torch.Tensor | None]:
+    def draft(
+        self, row: int, ids: torch.Tensor, most: int, pending: Sequence[int] = ()
+    ) -> tuple[list[int], torch.Tensor | None]:
         """
         Args:
             row (`int`): b.
             ids (`torch.LongTensor` `[1, T]`): The row's tokens so far, what is pending included.
             most (`int`): Tokens that have room.
+            pending (`Sequence[int]`): The last of these tokens, which may yet be rejected.
 
         Returns:
             At most so many tokens that may follow, and the logits `[K, V]` they were drawn from, or `None`.
         """
         candidates, logits = self.generators[row].get_candidates(ids.cpu() if self.on_host else ids)
-        tokens = candidates[0, ids.shape[1] :].tolist()[:most]
-        unknown = next((j for j, token in enumerate(tokens) if token >= self.vocab_size), len(tokens))
-        return tokens[:unknown], None if logits is None else logits[0]
+        tokens = self._known(candidates[0, ids.shape[1] :].tolist()[:most])
+        return tokens, None if logits is None else logits[0]
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        """These up to the first that the main model does not know."""
+        return tokens[: next((j for j, token in enumerate(tokens) if token >= self.vocab_size), len(tokens))]
+
+    def learn(self, row: int, tokens: Sequence[int]) -> None:
+        """Tells which tokens a row has gained for good; generators see them when they are asked next."""
 
     def settle(self, row: int, ids: torch.Tensor, proposed: int, kept: int) -> None:
         """Tells the generator how many of the last tokens it proposed were kept, as transformers' loop does."""
@@ -94,3 +106,28 @@ class GeneratorDrafter:
         missed = False in hits
         self.watched[row] = (0, []) if missed else (max(start, end), watched[len(hits) :])
         return hits[: hits.index(False) + 1] if missed else hits
+
+
+class SuffixDrafter(GeneratorDrafter):
+    """
+    Proposes what followed before when the text ended as it ends now: `Suffixes`, for a batch.
+
+    Args:
+        suffixes (`Suffixes`): What was learnt, perhaps in earlier calls too.
+        prompts (`list[list[int]]`, B): Of the rows, without padding.
+        vocab_size (`int`): As for `GeneratorDrafter`.
+    """
+
+    def __init__(self, suffixes: Suffixes, prompts: list[list[int]], vocab_size: int):
+        super().__init__([None] * len(prompts), vocab_size)
+        self.texts = [suffixes.text(prompt) for prompt in prompts]
+
+    def draft(self, row, ids, most, pending=()):
+        tokens, _ = self.texts[row].draft(pending, most=min(most, LOOKUP_TOKENS))
+        return self._known(tokens), None
+
+    def settle(self, row, ids, proposed, kept):
+        pass
+
+    def learn(self, row, tokens):
+        self.texts[row].extend(tokens)

@@ -66,9 +66,10 @@ def ensemble_decoding(
             The other members.
         ensemble_config (`EnsembleConfig`, *optional*):
             Defaults to `EnsembleConfig()`.
-        drafter (`PreTrainedModel`, `"prompt_lookup"` or `CandidateGenerator`, *optional*):
-            Proposes, and is no part of the ensemble: a model with the same tokenizer; copies from the text so far; or
-            any of transformers' candidate generators, for a single row.
+        drafter (`PreTrainedModel`, `"prompt_lookup"`, `Suffixes` or `CandidateGenerator`, *optional*):
+            Proposes, and is no part of the ensemble: a model with the same tokenizer; copies from the text so far; what
+            followed before in the texts that a `Suffixes` has seen, those of earlier calls too; or any of transformers'
+            candidate generators, for a single row.
         media (`dict[str, torch.Tensor]`, *optional*):
             The images and videos that `generate()` was given, for the assistants: of the main model's it passes on only
             what its encoders made of them. `generate(ensemble_config=...)` sees to that.

@@ -28,12 +28,13 @@ from ..trace.recorder import NoRecord, Recorder
 from .authors import Author, Context, GeneratorAuthor, ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
-from .drafter import PROMPT_LOOKUP, GeneratorDrafter
+from .drafter import PROMPT_LOOKUP, GeneratorDrafter, SuffixDrafter
 from .drawing import Ancestral, drawing_rule
 from .final_scores import FinalScores
 from .names import kept_name, names_of, titles_of
 from .output import EnsembleStats, Transcript, output_class
 from .settling import Owner, settling_rule
+from .suffixes import Suffixes
 from .text import Text
 from .validate import check_prompt, shared_vocabulary
 
@@ -108,7 +109,7 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         for i, reader in enumerate(readers)
     ]
     if len(authors) < len(roles.order):
-        drafter = GeneratorDrafter.of(call.drafter, len(input_ids), vocabulary[1], call.max_length)
+        drafter = _drafter(call, members[0], vocabulary[1])
         dtype = torch.promote_types(members[0].model.dtype, torch.float32)
         costs = remembered([call.model], ("drafter", kept_name(call.drafter)), PassCosts)
         authors.append(GeneratorAuthor(len(authors), context, drafter, costs, dtype))
@@ -136,6 +137,13 @@ def _members(call: Call, roles: Roles) -> list[Member]:
     return readers
 
 
+def _drafter(call: Call, main: Member, vocab_size: int) -> GeneratorDrafter:
+    if isinstance(call.drafter, Suffixes):
+        prompts = [row[visible].tolist() for row, visible in zip(main.prompt.cpu().numpy(), main.prompt_visible)]
+        return SuffixDrafter(call.drafter, prompts, vocab_size)
+    return GeneratorDrafter.of(call.drafter, len(call.input_ids), vocab_size, call.max_length)
+
+
 def _check_roll_back(member: Member) -> None:
     if can_roll_back(member.model, member.cache):
         return
@@ -161,7 +169,8 @@ def _schedule(call: Call, roles: Roles, authors: list[Author]) -> Schedule:
     )  # fmt: skip
     memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
     costs = [author.costs for author in authors]
-    may_propose, watches = roles.may_propose(config), call.drafter == PROMPT_LOOKUP
+    may_propose = roles.may_propose(config)
+    watches = call.drafter == PROMPT_LOOKUP or isinstance(call.drafter, Suffixes)  # which cost next to nothing
     arguments = memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches
     if call.generation_config.do_sample and config.coupling == "ancestral" and not call.shows_scores:
         return AutoMixture(*arguments, weights=roles.config(config).weights)

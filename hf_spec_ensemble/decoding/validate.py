@@ -16,6 +16,7 @@ from ..members.prompts import PromptView, model_of
 from ..members.ranks import is_sharded
 from ..notices import STANDARD, warn_once
 from .drafter import PROMPT_LOOKUP
+from .suffixes import Suffixes
 from .vocabulary import UNCOMPARED, check_beside
 
 
@@ -67,10 +68,10 @@ def check_members(
     named = [(member, "the main model" if i == 0 else f"assistant model {i}") for i, member in enumerate(members)]
     if is_model(drafter):
         named.append((drafter, "the drafter"))
-    elif drafter is not None and drafter != PROMPT_LOOKUP and not isinstance(drafter, CandidateGenerator):
+    elif drafter is not None and drafter != PROMPT_LOOKUP and not isinstance(drafter, (CandidateGenerator, Suffixes)):
         raise ValueError(
-            f"`drafter` must be a model, {PROMPT_LOOKUP!r} or one of transformers' candidate generators, but is "
-            f"{drafter!r}."
+            f"`drafter` must be a model, {PROMPT_LOOKUP!r}, a `Suffixes` or one of transformers' candidate generators, "
+            f"but is {drafter!r}."
         )
     for member, name in named:
         if not is_model(member):

@@ -174,7 +174,7 @@ def test_a_generator_stops_at_the_end_and_at_the_longest_text_allowed():
 @pytest.mark.parametrize(
     "drafter,batch,kwargs,message",
     [
-        ("lookup", 1, {}, "`drafter` must be a model, 'prompt_lookup' or .* 'lookup'"),
+        ("lookup", 1, {}, "`drafter` must be a model, 'prompt_lookup', .* 'lookup'"),
         (Guesses(), 3, {}, "one row"),
         (tiny("llama", vocab=30), 1, {}, "different vocabularies"),
         ("prompt_lookup", 1, dict(num_assistant_tokens=[1, 1]), "2 members and the drafter, but has 2"),
@@ -183,3 +183,43 @@ def test_a_generator_stops_at_the_end_and_at_the_longest_text_allowed():
 def test_bad_drafters_are_refused(drafter, batch, kwargs, message):
     with pytest.raises(ValueError, match=message):
         generate(members("llama", 2), prompts(batch), drafter, **kwargs)
+
+
+@pytest.mark.parametrize("draw", [dict(do_sample=False), dict(do_sample=True)])
+@pytest.mark.parametrize("prompts_", [1, 3])
+def test_suffixes_draft_and_remember_earlier_calls(prompts_, draw):
+    models, inputs, suffixes = members("llama", 2), prompts(prompts_), se.Suffixes()
+    kwargs = dict(max_new_tokens=30, return_dict_in_generate=True, **draw)
+    outputs = []
+    for drafter in (None, suffixes, suffixes):
+        config = se.EnsembleConfig(weights=[0.6, 0.4], speculative=drafter is not None, num_assistant_tokens=4)
+        torch.manual_seed(1)
+        call = dict(assistant_model=models[1:], ensemble_config=config, **kwargs)
+        outputs.append(models[0].generate(**inputs, **call, **({} if drafter is None else {"drafter": drafter})))
+    standard, first, second = outputs
+    assert standard.sequences.tolist() == first.sequences.tolist() == second.sequences.tolist()
+    # The second call is about a text that the first one has seen
+    assert second.stats.accepted[-1] > first.stats.accepted[-1] and second.stats.accepted[-1] > 10 * prompts_
+
+
+def test_suffixes_learn_final_tokens_only():
+    """What was proposed and rejected is not part of any text, nor is the prompt's padding."""
+    models, inputs, suffixes = members("llama", 2, likeness=0.0), prompts(3), se.Suffixes()
+    learnt = []
+    text = suffixes.text
+
+    def watched(prompt):
+        learnt.append(list(prompt))
+        made, number = text(prompt), len(learnt) - 1
+        extend = made.extend
+        made.extend = lambda tokens: (learnt[number].extend(tokens), extend(tokens))
+        return made
+
+    suffixes.text = watched
+    out = models[0].generate(
+        **inputs, assistant_model=models[1], ensemble_config=se.EnsembleConfig(), drafter=suffixes, max_new_tokens=20,
+        min_new_tokens=20, do_sample=False,
+    )  # fmt: skip
+    for row, mask, known in zip(out.tolist(), inputs["attention_mask"].tolist(), learnt):
+        visible = row[mask.index(1) :]
+        assert known[: len(visible)] == visible
