@@ -24,7 +24,7 @@ from .drawing import Ancestral, Greedy
 from .text import Text
 
 
-# A lead that is greater by less than this, in units of the dtype's precision, may be one of rounding.
+# A lead that is greater by less than this, in units of float32's precision, may be one of rounding.
 ROUNDING = 64
 
 KNOWN = 64  # findings kept for a row
@@ -147,7 +147,8 @@ class Enough:
                 known.clear()
             total, others = self._sum(members, row, j)
             first, second = total.topk(2).values.tolist()
-            known[key] = first - second > others + ROUNDING * torch.finfo(total.dtype).eps
+            # In float32, however precise these are: the others' may be less so
+            known[key] = first - second > others + ROUNDING * torch.finfo(torch.float32).eps
         return known[key]
 
     def _sum(self, members: Sequence[ModelAuthor], row: int, j: int) -> tuple[torch.Tensor, float]:

@@ -15,6 +15,7 @@ from ..members.cache import can_roll_back, decoder_layers, without_fresh_static_
 from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
 from ..members.member import Member
+from ..members.ranks import Together
 from ..members.uncached import member_of
 from ..notices import STANDARD
 from ..schedule.acceptance import Acceptance
@@ -33,7 +34,7 @@ from .drawing import Ancestral, drawing_rule
 from .final_scores import FinalScores
 from .names import kept_name, names_of, titles_of
 from .output import EnsembleStats, Transcript, output_class
-from .settling import Owner, settling_rule
+from .settling import All, Enough, Owner, settling_rule
 from .suffixes import Suffixes
 from .text import Text
 from .validate import check_prompt, shared_vocabulary
@@ -92,8 +93,13 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         titles_of(models, roles.order[: roles.members]),
     )
     drawing = drawing_rule(call.generation_config.do_sample, distribution.config)
-    settling = settling_rule(drawing, distribution.config, len(input_ids), call.shows_scores)
     wanted = call.returns("scores"), call.returns("logits")
+    in_step = len(input_ids) > 1 and any(reader.in_step for reader in readers)
+    # Rows in step could not read at the end, each for itself, what they have not read
+    complete = call.shows_scores or (in_step and any(wanted))
+    # Whether a lead is enough may depend on the last bits, which differ between processes
+    complete |= isinstance(call.ranks, Together) and not call.generation_config.do_sample
+    settling = settling_rule(drawing, distribution.config, len(input_ids), complete)
     late = any(wanted) and not settling.complete
     context = Context(
         Text(input_ids, call.max_new_tokens, call.stop_tokens),
@@ -101,7 +107,7 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         drawing,
         Recorder(input_ids) if config.trace else NoRecord(),
         call.ranks,
-        in_step=len(input_ids) > 1 and any(reader.in_step for reader in readers),
+        in_step=in_step,
         final_scores=FinalScores(len(input_ids), distribution.config.weights, *wanted) if late else None,
     )
     authors: list[Author] = [
@@ -113,7 +119,7 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         dtype = torch.promote_types(members[0].model.dtype, torch.float32)
         costs = remembered([call.model], ("drafter", kept_name(call.drafter)), PassCosts)
         authors.append(GeneratorAuthor(len(authors), context, drafter, costs, dtype))
-    schedule = led(_schedule(call, roles, authors), call.ranks)
+    schedule = led(_schedule(call, roles, authors, settling), call.ranks)
     return EnsembleCandidateGenerator(context, authors, roles.members, schedule, settling, wanted[0] and not late)
 
 
@@ -155,7 +161,7 @@ def _check_roll_back(member: Member) -> None:
     )
 
 
-def _schedule(call: Call, roles: Roles, authors: list[Author]) -> Schedule:
+def _schedule(call: Call, roles: Roles, authors: list[Author], settling: All | Owner | Enough) -> Schedule:
     config, batch = call.config, len(call.input_ids)
     models = [author.member for author in authors if isinstance(author, ModelAuthor)]
     at_once = len(models) if len(models) < len(authors) else None
@@ -172,7 +178,7 @@ def _schedule(call: Call, roles: Roles, authors: list[Author]) -> Schedule:
     may_propose = roles.may_propose(config)
     watches = call.drafter == PROMPT_LOOKUP or isinstance(call.drafter, Suffixes)  # which cost next to nothing
     arguments = memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches
-    if call.generation_config.do_sample and config.coupling == "ancestral" and not call.shows_scores:
+    if isinstance(settling, Owner) and not settling.complete:
         return AutoMixture(*arguments, weights=roles.config(config).weights)
     return Auto(*arguments)
 

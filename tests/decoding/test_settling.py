@@ -14,9 +14,9 @@ from hf_spec_ensemble.decoding import drawing, settling
 from hf_spec_ensemble.decoding.verify import exponential_noise, mixture_owners
 
 
-def generate(models, inputs, config, **kwargs):
+def generate(models, inputs, config, seed=3, **kwargs):
     kwargs = dict(max_new_tokens=16, min_new_tokens=16, return_dict_in_generate=True) | kwargs
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     return models[0].generate(**inputs, assistant_model=models[1:], ensemble_config=config, **kwargs)
 
 
@@ -164,3 +164,18 @@ def test_scores_and_logits_are_complete_at_the_end_and_do_not_change_the_text(ba
         for name in ("scores", "logits"):
             pair = [torch.stack([column[row] for column in out[name][:length]]).double() for out in (one, two)]
             torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "mpt"])
+@pytest.mark.parametrize("sample", [True, False])
+def test_rows_in_step_that_end_early_have_complete_scores(family, sample):
+    models, inputs = members(family, 2, likeness=0.5), prompts(3, 2)
+    kwargs = dict(output_scores=True, output_logits=True, max_new_tokens=30, min_new_tokens=0)
+    for seed in (2, 3, 8):
+        given = dict(do_sample=sample, eos_token_id=[2, 20, 30, 7, 8, 9], seed=seed, **kwargs)
+        one, two = both(models, inputs, given=dict(num_assistant_tokens=4), **given)
+        assert one.sequences.tolist() == two.sequences.tolist()
+        for row, length in enumerate((one.sequences[:, 2:] != 0).sum(1).tolist()):
+            for name in ("scores", "logits"):
+                pair = [torch.stack([column[row] for column in out[name][:length]]).double() for out in (one, two)]
+                torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
