@@ -171,7 +171,7 @@ def _schedule(call: Call, roles: Roles, authors: list[Author], settling: All | O
     ensemble = (
         kept_name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
         config.coupling, config.alternate, call.generation_config.do_sample, batch, kept_name(call.drafter),
-        models[0].runner.way, tuple(own is not None for own in call.prompts),
+        models[0].runner.way, tuple(own is not None for own in call.prompts), type(settling), settling.complete,
     )  # fmt: skip
     memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
     costs = [author.costs for author in authors]

@@ -179,3 +179,11 @@ def test_rows_in_step_that_end_early_have_complete_scores(family, sample):
             for name in ("scores", "logits"):
                 pair = [torch.stack([column[row] for column in out[name][:length]]).double() for out in (one, two)]
                 torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
+
+
+def test_a_call_that_shows_scores_follows_one_that_does_not():
+    """Rows in step settle tokens in another way then, and what was planned for the one is no plan for the other."""
+    models, inputs = members("lfm2", 2), prompts(3)
+    kwargs = dict(do_sample=True, max_new_tokens=60, min_new_tokens=60)
+    texts = [generate(models, inputs, EnsembleConfig(), output_scores=scores, **kwargs) for scores in (False, True)]
+    assert texts[0].sequences.tolist() == texts[1].sequences.tolist()
