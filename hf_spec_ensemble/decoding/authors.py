@@ -166,14 +166,14 @@ class ModelAuthor(Author):
         first, late = first + unwanted, late - unwanted
         count = np.maximum(member.seen + 1 - first, 0) * reads
         scores = distribution.scores(logits, text.ids, text.place(first), count)
+        evidence = distribution.evidence_of(scores)
         added = np.maximum(count - late, 0)
         if self.context.final_scores:
-            probs = distribution.evidence_of(scores)
             for row, n in enumerate(np.minimum(late, count).tolist()):
                 for j in range(n):
-                    self._pass_on(row, int(first[row]) + j, probs[row, j], logits[row, j])
+                    self._pass_on(row, int(first[row]) + j, evidence[row, j], logits[row, j])
         self.context.recorder.ran(self.index, first + late, added)
-        self.evidence.put(have, distribution.evidence_of(scores), late, added)
+        self.evidence.put(have, evidence, late, added)
         self.peaks.put(have, scores.amax(-1, keepdim=True), late, added)
         if self.logits is not None:
             self.logits.put(have, logits, late, added)

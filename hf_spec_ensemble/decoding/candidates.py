@@ -9,7 +9,7 @@ from transformers.generation import AssistedCandidateGenerator
 from ..ensemble.padded import Ragged, window
 from ..schedule.turns import Schedule, Situation
 from .authors import Author, Context, ModelAuthor
-from .settling import All, Enough, Owner
+from .settling import All, Enough, Owner, OwnerAmongAll
 from .text import Outcome
 
 
@@ -67,7 +67,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         settling: All | Owner | Enough,
         keep_scores: bool = False,
     ):
-        # Not the parent's: that prepares one assistant for its own `generate()`; see `Call.assistant_kwargs`
+        # Not the parent's: that prepares one assistant for its own `generate()`; see `Call.inputs_of`
         self.context, self.text = context, context.text
         self.authors = authors
         self.members: list[ModelAuthor] = authors[:members]
@@ -143,18 +143,17 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
                     author.costs.add(self.text.batch, lap, seconds)
                     self.schedule.ran(author.index, seconds)
 
-    def _situation(self) -> Situation:
+    def _situation(self, asked: list[np.ndarray] | None = None) -> Situation:
         lag = [author.unread().tolist() for author in self.authors]
-        asked = self.settling.asked(self.text, self.members)
         waiting = None if asked is None else [int(rows.sum()) for rows in asked]
         return Situation(self.current, self.turn, lag, self.text.pending, self.text.open.tolist(), waiting)
 
     def _run_next(self) -> None:
         """Lets the author run whose turn it is."""
-        situation = self._situation()
+        asked = self.settling.asked(self.text, self.members)
+        situation = self._situation(asked)
         self.current, self.turn = self.schedule.next(situation)
         author, lag = self.authors[self.current], np.array(situation.lag[self.current])
-        asked = self.settling.asked(self.text, self.members)
         if asked is not None and self.current < len(asked) and asked[self.current].any():
             lag = lag * asked[self.current]  # other rows read no more than these
         most = int(lag.max())
@@ -182,7 +181,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         start = np.zeros_like(count)
         distribution, form = self.context.distribution, self.context.drawing.form
         log_r = All().target(self.context, self.members, count, "log_probs") if self.keep_scores else None
-        if log_r is None or isinstance(self.settling, Owner):
+        if log_r is None or isinstance(self.settling, OwnerAmongAll):
             r = self.settling.target(self.context, self.members, count, form)
         else:  # processors are not called again
             r = log_r.exp() if form == "probs" else log_r

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
 
+from ..members.member import Member
 from ..members.stopwatch import Stopwatch
 from .suffixes import Suffixes
 
@@ -33,23 +34,9 @@ class GeneratorDrafter:
         self.on_host = on_host
         self.vocab_size = vocab_size
         self.stopwatch = Stopwatch(torch.device("cpu"))
-        self.passes = 0  # it makes no forward passes
         self.trust = [0.5] * len(generators)  # [B]: recent share of proposals kept, standing in for a confidence
         # [B]: where tokens that were not proposed would have stood, and the tokens; to learn from what comes instead
         self.watched: list[tuple[int, list[int]]] = [(0, [])] * len(generators)
-
-    @classmethod
-    def of(cls, drafter: str | CandidateGenerator, batch: int, vocab_size: int, max_length: int) -> "GeneratorDrafter":
-        """For the `drafter` argument of `generate`: `"prompt_lookup"`, or a generator, which serves one row."""
-        if drafter == PROMPT_LOOKUP:
-            lookup = dict(num_output_tokens=LOOKUP_TOKENS, max_matching_ngram_size=LOOKUP_NGRAM, max_length=max_length)
-            return cls([PromptLookupCandidateGenerator(**lookup) for _ in range(batch)], vocab_size, True)
-        if batch > 1:
-            raise ValueError(
-                f"A {type(drafter).__name__} as `drafter` serves one row, but the batch has {batch}: generate row by "
-                f"row, or use a model or {PROMPT_LOOKUP!r}."
-            )
-        return cls([drafter], vocab_size)
 
     def draft(
         self, row: int, ids: torch.Tensor, most: int, pending: Sequence[int] = ()
@@ -131,3 +118,33 @@ class SuffixDrafter(GeneratorDrafter):
 
     def learn(self, row, tokens):
         self.texts[row].extend(tokens)
+
+
+def drafter_for(
+    drafter: str | Suffixes | CandidateGenerator, main: Member, vocab_size: int, max_length: int
+) -> GeneratorDrafter:
+    """
+    For the `drafter` argument of `generate`, where that is no model.
+
+    Args:
+        drafter: `"prompt_lookup"`, `Suffixes`, or a generator, which serves one row.
+        main (`Member`): The main model's, for its prompts.
+        vocab_size (`int`): As for `GeneratorDrafter`.
+        max_length (`int`): Tokens of the longest text, prompt included.
+
+    Raises:
+        `ValueError`: for a generator and several rows.
+    """
+    batch = len(main.prompt)
+    if isinstance(drafter, Suffixes):
+        prompts = [row[visible].tolist() for row, visible in zip(main.prompt.cpu().numpy(), main.prompt_visible)]
+        return SuffixDrafter(drafter, prompts, vocab_size)
+    if drafter == PROMPT_LOOKUP:
+        lookup = dict(num_output_tokens=LOOKUP_TOKENS, max_matching_ngram_size=LOOKUP_NGRAM, max_length=max_length)
+        return GeneratorDrafter([PromptLookupCandidateGenerator(**lookup) for _ in range(batch)], vocab_size, True)
+    if batch > 1:
+        raise ValueError(
+            f"A {type(drafter).__name__} as `drafter` serves one row, but the batch has {batch}: generate row by row, "
+            f"or use a model or {PROMPT_LOOKUP!r}."
+        )
+    return GeneratorDrafter([drafter], vocab_size)

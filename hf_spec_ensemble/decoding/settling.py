@@ -5,8 +5,9 @@ Each rule is an object with
 
 - `scored(text, members) -> [B]`: how many positions from `text.final` on enough members have scored, without a gap,
 - `asked(text, members) -> [N][B] or None`: whose scores each row waits for; `None` if for those of all,
-- `target(context, members, count) -> [B, K, V]`: what is drawn from there, at the first `count[b]` of them, in the form
-  of the drawing rule; noted by the distribution,
+- `target(context, members, count, form) -> [B, K, V]`: what is drawn from at the first `count[b]` of these positions, in
+  the form of the drawing rule; the distribution takes note,
+- `complete`: whether all members have scored what is settled,
 - `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, where nothing can be drawn,
 
 where members are the authors of the N members, which hold what they have scored, and counts are numpy integers.
@@ -58,15 +59,14 @@ class Owner:
 
     Args:
         drawing (`Ancestral`): Which draws the owners.
-        complete (`bool`): Whether to wait for all members, since somebody wants to see r at once.
     """
 
-    def __init__(self, drawing: Ancestral, complete: bool = False):
-        self.drawing, self.complete = drawing, complete
+    complete = False
+
+    def __init__(self, drawing: Ancestral):
+        self.drawing = drawing
 
     def scored(self, text, members):
-        if self.complete:
-            return All().scored(text, members)
         seen = np.stack([author.member.seen for author in members])  # [N, B]
         position = text.final[:, None] + np.arange(int(text.unverified.max()) + 1)  # [B, K]
         owner = self.drawing.owners(position)
@@ -75,8 +75,6 @@ class Owner:
         return there.cumprod(axis=1).sum(axis=1) * text.active
 
     def asked(self, text, members):
-        if self.complete:
-            return None
         owner = self.drawing.owners(text.final)
         return [(owner == i) & (author.member.seen < text.final) & text.active for i, author in enumerate(members)]
 
@@ -90,6 +88,19 @@ class Owner:
         owner = int(self.drawing.owners(members[0].context.text.final)[row])
         peaks = [float(author.peaks.at(row, 0)) if i == owner else 0.0 for i, author in enumerate(members)]
         return peaks, []
+
+
+class OwnerAmongAll(All):
+    """All members must, and the position's owner is drawn from: where somebody wants to see r at once."""
+
+    def __init__(self, drawing: Ancestral):
+        self._owner = Owner(drawing)
+
+    def target(self, context, members, count, form):
+        return self._owner.target(context, members, count, form)
+
+    def blamed(self, members, row):
+        return self._owner.blamed(members, row)
 
 
 class Enough:
@@ -175,7 +186,7 @@ def settling_rule(drawing: Greedy, config: EnsembleConfig, batch: int, complete:
         complete (`bool`): Whether all members must have scored a position when its token becomes final.
     """
     if isinstance(drawing, Ancestral):
-        return Owner(drawing, complete)
+        return OwnerAmongAll(drawing) if complete else Owner(drawing)
     if isinstance(drawing, Greedy) and config.is_mixture and not complete:
         return Enough(config.weights, batch)
     return All()

@@ -29,7 +29,7 @@ from ..trace.recorder import NoRecord, Recorder
 from .authors import Author, Context, GeneratorAuthor, ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
-from .drafter import PROMPT_LOOKUP, GeneratorDrafter, SuffixDrafter
+from .drafter import PROMPT_LOOKUP, drafter_for
 from .drawing import Ancestral, drawing_rule
 from .final_scores import FinalScores
 from .names import kept_name, names_of, titles_of
@@ -115,7 +115,7 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         for i, reader in enumerate(readers)
     ]
     if len(authors) < len(roles.order):
-        drafter = _drafter(call, members[0], vocabulary[1])
+        drafter = drafter_for(call.drafter, members[0], vocabulary[1], call.max_length)
         dtype = torch.promote_types(members[0].model.dtype, torch.float32)
         costs = remembered([call.model], ("drafter", kept_name(call.drafter)), PassCosts)
         authors.append(GeneratorAuthor(len(authors), context, drafter, costs, dtype))
@@ -143,13 +143,6 @@ def _members(call: Call, roles: Roles) -> list[Member]:
     return readers
 
 
-def _drafter(call: Call, main: Member, vocab_size: int) -> GeneratorDrafter:
-    if isinstance(call.drafter, Suffixes):
-        prompts = [row[visible].tolist() for row, visible in zip(main.prompt.cpu().numpy(), main.prompt_visible)]
-        return SuffixDrafter(call.drafter, prompts, vocab_size)
-    return GeneratorDrafter.of(call.drafter, len(call.input_ids), vocab_size, call.max_length)
-
-
 def _check_roll_back(member: Member) -> None:
     if can_roll_back(member.model, member.cache):
         return
@@ -171,14 +164,14 @@ def _schedule(call: Call, roles: Roles, authors: list[Author], settling: All | O
     ensemble = (
         kept_name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
         config.coupling, config.alternate, call.generation_config.do_sample, batch, kept_name(call.drafter),
-        models[0].runner.way, tuple(own is not None for own in call.prompts), type(settling), settling.complete,
+        models[0].runner.way, tuple(own is not None for own in call.prompts), type(settling),
     )  # fmt: skip
     memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
     costs = [author.costs for author in authors]
     may_propose = roles.may_propose(config)
     watches = call.drafter == PROMPT_LOOKUP or isinstance(call.drafter, Suffixes)  # which cost next to nothing
     arguments = memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches
-    if isinstance(settling, Owner) and not settling.complete:
+    if isinstance(settling, Owner):
         return AutoMixture(*arguments, weights=roles.config(config).weights)
     return Auto(*arguments)
 
@@ -200,6 +193,7 @@ def _report(
     def of_authors(name: str) -> list:
         return roles.in_callers_order(getattr(author, name) for author in authors)
 
+    owners = _owners(candidates_of, transcript)
     stats = EnsembleStats(
         new_tokens=int(transcript.lengths.sum()),
         forward_passes=of_authors("passes"),
@@ -208,7 +202,7 @@ def _report(
         accepted=of_authors("accepted"),
         member_seconds=of_authors("seconds"),
         seconds=seconds,
-        owned=_owned(roles, _owners(candidates_of, transcript), transcript),
+        owned=_owned(roles, owners, transcript),
         predicted_speedup=_predicted_speedup(candidates_of, transcript),
     )
     return output_class(call.model)(
@@ -216,12 +210,19 @@ def _report(
         scores=transcript.scores,
         logits=transcript.logits,
         stats=stats,
-        trace=_trace(call, roles, candidates_of, transcript, seconds) if call.config.trace else None,
+        trace=_trace(call, roles, candidates_of, transcript, seconds, owners) if call.config.trace else None,
         **{OUTPUT_CACHE: cache},
     )
 
 
-def _trace(call: Call, roles: Roles, candidates_of: EnsembleCandidateGenerator, transcript: Transcript, seconds: float):
+def _trace(
+    call: Call,
+    roles: Roles,
+    candidates_of: EnsembleCandidateGenerator,
+    transcript: Transcript,
+    seconds: float,
+    owners: np.ndarray | None,
+):
     candidates_of.take_times(wait=True)
     rule = call.config.coupling if call.generation_config.do_sample else "greedy"
     drafter: list[PreTrainedModel | str | CandidateGenerator] = [call.drafter] * (
@@ -229,7 +230,6 @@ def _trace(call: Call, roles: Roles, candidates_of: EnsembleCandidateGenerator, 
     )
     names = names_of([*call.models, *drafter], call.prompts)
     recorder = candidates_of.context.recorder
-    owners = _owners(candidates_of, transcript)
     return recorder.trace(names, roles.order, roles.members, transcript.lengths, seconds, rule, owners)
 
 
@@ -261,11 +261,8 @@ def _predicted_speedup(candidates_of: EnsembleCandidateGenerator, transcript: Tr
     if any(author.costs.measured(batch, 1) is None for author in needed):
         return None
     acceptance = [author.accepted / author.verified if author.verified else 0.0 for author in authors]
-    if isinstance(candidates_of.settling, Owner) and not candidates_of.settling.complete:
-        weights = candidates_of.context.drawing.weights
-        proposer = max(range(len(authors)), key=lambda i: (turns.lengths[i], i))
-        proposer = proposer if turns.lengths[proposer] > 1 or proposer >= turns.members else None
-        expected = predict_mixture(turns, weights, proposer, acceptance[proposer or 0], cost)
+    if isinstance(candidates_of.settling, Owner):
+        expected = predict_mixture(turns, candidates_of.context.drawing.weights, acceptance, cost)
     else:
         expected = predict(turns, acceptance, cost)
     speculative, prompt = steps * expected.seconds_per_token, sum(author.prompt_seconds for author in authors)

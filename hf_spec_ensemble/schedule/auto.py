@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..members.costs import PassCosts
 from .acceptance import Acceptance
-from .theory import LOOKUP_LENGTHS, Prediction, best_turns, worth
+from .theory import LOOKUP_LENGTHS, Cost, Prediction, best_turns, worth
 from .turns import Schedule, Situation, Turns
 
 
@@ -31,9 +31,6 @@ class Plan:
     costs: list[list[float]]  # [A][w]: seconds per row
     known: dict[tuple, tuple[float, ...]] = field(default_factory=dict)
 
-    def cost(self, author: int, width: int) -> float:
-        return self.costs[author][min(width, WIDEST)]
-
     def differs(self, other: "Plan") -> bool:
         """Whether what is worth what may have changed."""
         return (
@@ -48,7 +45,7 @@ class Plan:
 
     def worth(self, situation: Situation, chances: Sequence[float], act: str) -> float:
         rate = 1 / self.prediction.seconds_per_token
-        return worth(self.turns, self.acceptance, self.cost, rate, situation, chances, act)
+        return worth(self.turns, self.acceptance, looked_up(self.costs), rate, situation, chances, act)
 
 
 @dataclass
@@ -162,25 +159,32 @@ class Auto(Schedule):
             self._plan()
 
     def _plan(self) -> None:
-        memory = self.memory
-        evidence = sum(acceptance.evidence for acceptance in memory.acceptance)
-        unknown = any(costs.measured(self.batch, 1) is None for costs in self.costs)
-        if unknown or (memory.plan is None and evidence < ENOUGH_EVIDENCE):
+        if not self._knows_enough():
             return
-        start = time.perf_counter()
+        memory, start = self.memory, time.perf_counter()
         tables = [
-            [costs.seconds(self.batch, max(w, 1)) / self.batch for w in range(WIDEST + 1)] for costs in self.costs
+            [(costs.seconds(self.batch, max(w, 1)) or 0.0) / self.batch for w in range(WIDEST + 1)]
+            for costs in self.costs
         ]
-        means = [acceptance.mean for acceptance in memory.acceptance]
-        turns, prediction = best_turns(
-            self.turns, means, lambda author, width: tables[author][min(width, WIDEST)], self.may_propose, WORTHWHILE
-        )
-        plan = Plan(turns, prediction, means, tables)
-        if memory.plan is None or plan.differs(memory.plan):
-            memory.plan = plan
+        memory.plan = self._best_plan(tables, [acceptance.mean for acceptance in memory.acceptance])
         memory.seconds, memory.passes = 0.0, 0
         memory.interval = min(2 * memory.interval, PLAN_AFTER[1])
         memory.planning_seconds = time.perf_counter() - start
+
+    def _knows_enough(self) -> bool:
+        """Whether a plan can be made."""
+        evidence = sum(acceptance.evidence for acceptance in self.memory.acceptance)
+        known = all(costs.measured(self.batch, 1) is not None for costs in self.costs)
+        return known and (self.memory.plan is not None or evidence >= ENOUGH_EVIDENCE)
+
+    def _best_plan(self, tables: list[list[float]], acceptance: list[float]) -> Plan:
+        """
+        The plan for these costs `[A][w]`, in seconds per row, and probabilities `[A]` that proposals are kept; the
+        former one where nothing has changed.
+        """
+        turns, prediction = best_turns(self.turns, acceptance, looked_up(tables), self.may_propose, WORTHWHILE)
+        plan, before = Plan(turns, prediction, acceptance, tables), self.memory.plan
+        return plan if before is None or plan.differs(before) else before
 
     def _takes_measure(self) -> bool:
         """Whether members should now read single tokens, as in the standard ensemble, to find what that costs."""
@@ -248,3 +252,8 @@ class Auto(Schedule):
         """How likely everything that is pending in a row is kept."""
         acceptance = self.memory.acceptance
         return math.prod(acceptance[author].chance(confidence) for author, confidence in situation.pending[row])
+
+
+def looked_up(tables: list[list[float]]) -> Cost:
+    """Costs `[A][w]` as a function; what is wider than the table costs as much as its last entry."""
+    return lambda author, width: tables[author][min(width, WIDEST)]

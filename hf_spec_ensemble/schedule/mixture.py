@@ -3,27 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..members.costs import PassCosts
-from .auto import PLAN_AFTER, WIDEST, WORTHWHILE, Auto, Memory
+from .auto import WORTHWHILE, Auto, looked_up
 from .theory import LENGTHS, LOOKUP_LENGTHS, Cost, Prediction
 from .turns import Turns
 
 
-def predict_mixture(
-    turns: Turns, weights: Sequence[float], proposer: int | None, chance: float, cost: Cost
-) -> Prediction:
+def predict_mixture(turns: Turns, weights: Sequence[float], acceptance: Sequence[float], cost: Cost) -> Prediction:
     """
-    Expected speed where only a position's owner has to score it. With length L, the proposer drafts L tokens, each kept
-    with probability a; then the owners of these positions run, each once, until one token is replaced or, behind the
-    drafts, drawn: T tokens, P(T >= t) = a^(t-1) for t <= L + 1. Member i owns one of the first t positions with
-    probability 1 - (1 - w_i)^t. What it has not read when it runs grows by T a cycle.
+    Expected speed where only a position's owner has to score it. With length L, the author of the longest proposals
+    drafts L tokens, each kept with probability a; then the owners of these positions run, each once, until one token is
+    replaced or, behind the drafts, drawn: T tokens, P(T >= t) = a^(t-1) for t <= L + 1. Member i owns one of the first
+    t positions with probability 1 - (1 - w_i)^t. What it has not read when it runs grows by T a cycle.
 
     Args:
-        turns (`Turns`): Its `lengths[proposer]` is L; of the N members, then drafters.
+        turns (`Turns`): Of the N members, then drafters. A member of length 1 proposes what it has scored anyway, and
+            drafts nothing.
         weights (`Sequence[float]`, N): Of the mixture.
-        proposer (`int`, *optional*): Who drafts; without one every token costs one pass of its owner.
-        chance (`float`): a in [0, 1].
-        cost (`Callable[[int, int], float]`): c_i(w) in seconds.
+        acceptance (`Sequence[float]`, A), cost (`Callable[[int, int], float]`): As in `theory.predict`.
 
     Returns:
         `Prediction`.
@@ -33,10 +29,13 @@ def predict_mixture(
     >>> from hf_spec_ensemble.schedule.mixture import predict_mixture
     >>> from hf_spec_ensemble.schedule.turns import Turns
 
-    >>> predict_mixture(Turns((0, 0), 0, 2), [0.5, 0.5], None, 0.0, lambda author, width: 1.0).speedup
+    >>> predict_mixture(Turns((0, 0), 0, 2), [0.5, 0.5], [0.0, 0.0], lambda author, width: 1.0).speedup
     2.0
     """
-    length = 0 if proposer is None else turns.lengths[proposer]
+    drafted = [length if length > 1 or i >= turns.members else 0 for i, length in enumerate(turns.lengths)]
+    length = max(drafted)
+    proposer = drafted.index(length) if length else None
+    chance = 0.0 if proposer is None else acceptance[proposer]
     at_least = [chance**t for t in range(length + 1)]  # P(T >= t + 1)
     exactly = [now - then for now, then in zip(at_least, [*at_least[1:], 0.0])]  # P(T = t + 1)
     tokens = sum(at_least)
@@ -62,37 +61,26 @@ class MixturePlan:
     """Who drafts, how much, and what that is worth."""
 
     turns: Turns
-    proposer: int | None
     prediction: Prediction
+    acceptance: list[float]
     costs: list[list[float]]  # [A][w]: seconds per row
-    known: dict[tuple[int, float], int] = field(default_factory=dict)  # best lengths, by author and chance
+    known: dict[float, int] = field(default_factory=dict)  # best lengths of the author that drafts at once, by chance
 
 
 class AutoMixture(Auto):
     """
     Runs the member that most rows wait for. A member proposes what it has scored anyway; besides, one author drafts for
-    the owners where the costs and the acceptance measured so far promise a gain. Arguments as for `Auto`.
+    the owners where the costs and the acceptance measured so far promise a gain.
 
     Args:
-        weights (`Sequence[float]`, N): Of the mixture.
+        weights (`Sequence[float]`, N): Of the mixture. The others as for `Auto`.
     """
 
-    def __init__(
-        self,
-        memory: Memory,
-        costs: list[PassCosts],
-        batch: int,
-        members: int,
-        may_propose: Sequence[bool],
-        first: int,
-        at_once: int | None = None,
-        watches: bool = False,
-        weights: Sequence[float] = (),
-    ):
-        super().__init__(memory, costs, batch, members, may_propose, first, at_once, watches)
+    def __init__(self, *arguments, weights: Sequence[float], **more):
+        super().__init__(*arguments, **more)
         self.weights = tuple(weights)
-        self._ones = tuple(int(may and i < members) for i, may in enumerate(may_propose))
-        self._start = Turns(self._ones, first, members, at_once, watches)
+        self._ones = tuple(int(may and i < self.members) for i, may in enumerate(self.may_propose))
+        self._start = replace(self._start, lengths=self._ones)
 
     def proposes(self, situation, confidence) -> int:
         author, plan = situation.current, self.memory.plan
@@ -103,7 +91,7 @@ class AutoMixture(Auto):
         if plan is None:
             return 0
         sure = [self.memory.acceptance[author].chance(own) for own in confidence if own is not None]
-        return self._best_length(plan, author, round(sum(sure) / len(sure), 2))
+        return self._best_length(plan, round(sum(sure) / len(sure), 2))
 
     def next(self, situation) -> tuple[int, int]:
         turns, current = self.turns, situation.current
@@ -116,43 +104,36 @@ class AutoMixture(Auto):
     def width(self, author, width) -> int:
         return self.costs[author].padded(self.batch, width)
 
-    def _plan(self) -> None:
-        memory = self.memory
-        if any(costs.measured(self.batch, 1) is None for costs in self.costs[: self.members]):
-            return
-        tables = [
-            [(costs.seconds(self.batch, max(w, 1)) or 0.0) / self.batch for w in range(WIDEST + 1)]
-            for costs in self.costs
-        ]
-        plan = MixturePlan(self._start, None, self._prediction(self._start, None, tables), tables)
-        for author in range(len(self.costs)):
-            known = self.costs[author].measured(self.batch, 1) is not None
-            if not self.may_propose[author] or not known:
+    def _knows_enough(self) -> bool:
+        return all(costs.measured(self.batch, 1) is not None for costs in self.costs[: self.members])
+
+    def _best_plan(self, tables, acceptance) -> MixturePlan:
+        best = self._plan_of(self._start, acceptance, tables)
+        for author, costs in enumerate(self.costs):
+            if not self.may_propose[author] or costs.measured(self.batch, 1) is None:
                 continue
             for length in LOOKUP_LENGTHS if author == self._start.at_once else LENGTHS[2:]:
-                lengths = tuple(length if i == author else ones for i, ones in enumerate(self._ones))
-                turns = replace(self._start, lengths=lengths)
-                prediction = self._prediction(turns, author, tables)
-                if prediction.seconds_per_token < (1 - WORTHWHILE) * plan.prediction.seconds_per_token:
-                    plan = MixturePlan(turns, author, prediction, tables)
-        memory.plan = plan
-        memory.seconds, memory.passes = 0.0, 0
-        memory.interval = min(2 * memory.interval, PLAN_AFTER[1])
+                plan = self._plan_of(self._drafting(author, length), acceptance, tables)
+                if plan.prediction.seconds_per_token < (1 - WORTHWHILE) * best.prediction.seconds_per_token:
+                    best = plan
+        return best
 
-    def _prediction(self, turns: Turns, proposer: int | None, tables: list[list[float]]) -> Prediction:
-        chance = 0.0 if proposer is None else self.memory.acceptance[proposer].mean
-        return predict_mixture(turns, self.weights, proposer, chance, _looked_up(tables))
+    def _plan_of(self, turns: Turns, acceptance: list[float], tables: list[list[float]]) -> MixturePlan:
+        prediction = predict_mixture(turns, self.weights, acceptance, looked_up(tables))
+        return MixturePlan(turns, prediction, acceptance, tables)
 
-    def _best_length(self, plan: MixturePlan, author: int, chance: float) -> int:
+    def _drafting(self, author: int, length: int) -> Turns:
+        """The turns in which an author drafts so many tokens."""
+        return replace(self._start, lengths=tuple(length if i == author else n for i, n in enumerate(self._ones)))
+
+    def _best_length(self, plan: MixturePlan, chance: float) -> int:
+        """How many tokens to draft at once, each kept with this chance."""
+        author = self._start.at_once
+
         def seconds(length: int) -> float:
-            turns = replace(plan.turns, lengths=tuple(length if i == author else n for i, n in enumerate(self._ones)))
-            return predict_mixture(turns, self.weights, author, chance, _looked_up(plan.costs)).seconds_per_token
+            acceptance = [chance if i == author else own for i, own in enumerate(plan.acceptance)]
+            return self._plan_of(self._drafting(author, length), acceptance, plan.costs).prediction.seconds_per_token
 
-        key = author, chance
-        if key not in plan.known:
-            plan.known[key] = min(LOOKUP_LENGTHS, key=seconds)
-        return plan.known[key]
-
-
-def _looked_up(tables: list[list[float]]) -> Cost:
-    return lambda author, width: tables[author][min(width, WIDEST)]
+        if chance not in plan.known:
+            plan.known[chance] = min(LOOKUP_LENGTHS, key=seconds)
+        return plan.known[chance]

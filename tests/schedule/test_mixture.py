@@ -40,7 +40,7 @@ def test_the_prediction_is_what_a_simulation_gives(weights, length, chance):
 
     n = len(weights)
     turns = Turns((*[0] * n, length), 0, n)
-    predicted = predict_mixture(turns, weights, n if length else None, chance, cost)
+    predicted = predict_mixture(turns, weights, [*[0.0] * n, chance], cost)
     simulated = simulate(weights, n, length, chance, cost)
     assert predicted.seconds_per_token == pytest.approx(simulated, rel=0.05)
     if not length:
