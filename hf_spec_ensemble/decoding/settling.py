@@ -5,8 +5,8 @@ Each rule is an object with
 
 - `scored(text, members) -> [B]`: how many positions from `text.final` on enough members have scored, without a gap,
 - `asked(text, members) -> [N][B] or None`: whose scores each row waits for; `None` if for those of all,
-- `target(context, members, count, form) -> [B, K, V]`: what is drawn from at the first `count[b]` of these positions, in
-  the form of the drawing rule; the distribution takes note,
+- `target(context, members, count, form) -> [B, K, V]`: what is drawn from at the first `count[b]` of these, in the form
+  of the drawing rule; the distribution takes note,
 - `complete`: whether all members have scored what is settled,
 - `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, where nothing can be drawn,
 
