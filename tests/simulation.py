@@ -35,9 +35,10 @@ def simulate(
 
     while verified <= tokens:
         current, turn = schedule.next(situation())
-        took = cost(current, schedule.width(current, total - seen[current]))
+        width = schedule.width(current, total - seen[current])
+        took = cost(current, width)
         seconds += took
-        schedule.ran(current, took)
+        schedule.ran(current, took, width)
         seen[current] = total
 
         scored = max(min(seen[:members]) + 1 - verified, 0)  # positions that can be verified

@@ -240,7 +240,7 @@ class GeneratorAuthor(Author):
     """
     A generator that drafts: transformers' candidate generators, say. Its proposals come all at once, and cost no pass.
 
-    State: the drafts of its last run; the rest is the drafter's.
+    State: the drafts of its last run, and how often it was asked and had any; the rest is the drafter's.
 
     Args:
         index, context, costs: As for `Author`.
@@ -253,6 +253,7 @@ class GeneratorAuthor(Author):
     def __init__(self, index: int, context: Context, drafter: GeneratorDrafter, costs: PassCosts, dtype: torch.dtype):
         super().__init__(index, context, drafter.stopwatch, costs)
         self.drafter, self.dtype = drafter, dtype
+        self._asked = self._answered = 0  # times a row, over all rows
         self._drafts: list[list[int]] = []
         self._logits: list[torch.Tensor | None] = []
 
@@ -277,7 +278,13 @@ class GeneratorAuthor(Author):
             drafts = [tokens[:shortest] for tokens in drafts]
         self.stopwatch.stop(1)
         self._drafts = drafts
+        self._asked, self._answered = self._asked + len(rows), self._answered + sum(map(bool, drafts))
         self.context.recorder.ran(self.index)
+
+    @property
+    def coverage(self) -> float:
+        """How often it had drafts when it was asked."""
+        return self._answered / self._asked if self._asked else 0.0
 
     def offer(self):
         drafts, self._drafts = self._drafts, []

@@ -77,6 +77,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.stuck = np.zeros(self.text.batch, bool)  # there is nothing to draw the next token from
         self.current: int | None = None  # the author that ran last, and its consecutive runs
         self.turn = 0
+        self._waited = [0.0, 0.0]  # tokens a row, by whether rows waited for all members
+        self._patient = False
         self.q = Ragged(self.text.batch)
 
     def get_candidates(self, input_ids: torch.Tensor | None = None, **kwargs) -> Candidates:
@@ -84,6 +86,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         text = self.text
         while True:
             scored = self.settling.scored(text, self.members)  # [B]
+            self._patient = patient = self.schedule.patient
+            if patient:
+                scored = np.minimum(scored, All().scored(text, self.members))
             scored = np.where(self.stuck & ~text.behind, 0, scored)
             if self.by_column or self.context.in_step:  # once all rows have some
                 scored = scored * (scored[text.active] > 0).all()
@@ -93,9 +98,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             drawable = scored > proposed
             if drawable.any() or proposed.any():
                 return self._collect(proposed, drawable)
-            if self.current is not None:
+            if self.current is not None and not patient:
                 self._propose(self.authors[self.current])
-            self._run_next()
+            self._run_next(patient)
 
     def update_candidate_strategy(
         self, emitted: torch.Tensor, candidates: Candidates, num_matches: torch.Tensor
@@ -127,8 +132,15 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
                 self.schedule.judged(author.index, confidence, hit)
         self.text.settle(outcome)
         self.q.drop_first(outcome.gained)
-        self.schedule.advanced(int(outcome.gained.sum()) / max(int(self.text.active.sum()), 1))
+        tokens = int(outcome.gained.sum()) / max(int(self.text.active.sum()), 1)
+        self._waited[self._patient] += tokens
+        self.schedule.advanced(tokens)
         return outcome.gained
+
+    @property
+    def patient_share(self) -> float:
+        """The share of tokens for which rows waited for all members, as the schedule wanted."""
+        return self._waited[True] / max(sum(self._waited), 1)
 
     def take_times(self, wait: bool = False) -> None:
         """Passes on how long authors took, perhaps waiting for what is still under way."""
@@ -141,16 +153,16 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
                     author.prompt_seconds += seconds
                 else:
                     author.costs.add(self.text.batch, lap, seconds)
-                    self.schedule.ran(author.index, seconds)
+                    self.schedule.ran(author.index, seconds, lap)
 
     def _situation(self, asked: list[np.ndarray] | None = None) -> Situation:
         lag = [author.unread().tolist() for author in self.authors]
         waiting = None if asked is None else [int(rows.sum()) for rows in asked]
         return Situation(self.current, self.turn, lag, self.text.pending, self.text.open.tolist(), waiting)
 
-    def _run_next(self) -> None:
-        """Lets the author run whose turn it is."""
-        asked = self.settling.asked(self.text, self.members)
+    def _run_next(self, patient: bool) -> None:
+        """Lets the author run whose turn it is; `patient`: rows wait for all members."""
+        asked = None if patient else self.settling.asked(self.text, self.members)
         situation = self._situation(asked)
         self.current, self.turn = self.schedule.next(situation)
         author, lag = self.authors[self.current], np.array(situation.lag[self.current])

@@ -7,6 +7,7 @@ Each rule is an object with
 - `asked(text, members) -> [N][B] or None`: whose scores each row waits for; `None` if for those of all,
 - `target(context, members, count, form) -> [B, K, V]`: what is drawn from at the first `count[b]` of these, in the form
   of the drawing rule; the distribution takes note,
+- `rule(members)`: what the theory calls this rule, by what is known now,
 - `complete`: whether all members have scored what is settled,
 - `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, where nothing can be drawn,
 
@@ -20,6 +21,7 @@ import torch
 
 from ..config import EnsembleConfig
 from ..ensemble.combine import mixture
+from ..schedule.simulation import AllSettle, EnoughSettle, OwnerSettles
 from .authors import Context, ModelAuthor
 from .drawing import Ancestral, Greedy
 from .text import Text
@@ -46,6 +48,9 @@ class All:
         text, width = context.text, int(count.max())
         evidence = [author.evidence.window(np.zeros_like(count), width) for author in members]
         return context.distribution.target(evidence, text.ids, text.place(text.final), count, form)
+
+    def rule(self, members: int) -> AllSettle:
+        return AllSettle(members)
 
     def blamed(self, members: Sequence[ModelAuthor], row: int) -> tuple[list[float], list[torch.Tensor]]:
         peaks = [float(author.peaks.at(row, 0)) for author in members]
@@ -84,6 +89,9 @@ class Owner:
         context.distribution.note(r)
         return r
 
+    def rule(self, members):
+        return OwnerSettles(self.drawing.weights)
+
     def blamed(self, members, row):
         owner = int(self.drawing.owners(members[0].context.text.final)[row])
         peaks = [float(author.peaks.at(row, 0)) if i == owner else 0.0 for i, author in enumerate(members)]
@@ -108,7 +116,7 @@ class Enough:
     So many members that the rest cannot change the most probable token of a mixture: the best has a lead, in the
     weighted sum over those that have scored the position, of more than the others' weight. For greedy decoding.
 
-    State: what was found out about pending positions, by row.
+    State: what was found out about pending positions, by row, and how often some members were enough.
 
     Args:
         weights (`Sequence[float]`, N): Of the mixture.
@@ -120,6 +128,7 @@ class Enough:
     def __init__(self, weights: Sequence[float], batch: int):
         self.weights = list(weights)
         self._known: list[dict[tuple[int, tuple[bool, ...], int], bool]] = [{} for _ in range(batch)]
+        self._counts: dict[tuple[bool, ...], tuple[int, int]] = {}  # by who had scored: positions, and those settled
 
     def scored(self, text, members):
         count = np.zeros(text.batch, int)
@@ -138,6 +147,9 @@ class Enough:
         r = _gathered(count, lambda row, j: self._sum(members, row, j)[0])
         context.distribution.note(r)
         return r
+
+    def rule(self, members):
+        return EnoughSettle(self.weights, {have: (hits + 1) / (n + 2) for have, (n, hits) in self._counts.items()})
 
     def blamed(self, members, row):
         peaks = [float(author.peaks.at(row, 0)) if author.evidence.count(row) else 0.0 for author in members]
@@ -160,6 +172,8 @@ class Enough:
             first, second = total.topk(2).values.tolist()
             # In float32, however precise these are: the others' may be less so
             known[key] = first - second > others + ROUNDING * torch.finfo(torch.float32).eps
+            count, hits = self._counts.get(have, (0, 0))
+            self._counts[have] = count + 1, hits + known[key]
         return known[key]
 
     def _sum(self, members: Sequence[ModelAuthor], row: int, j: int) -> tuple[torch.Tensor, float]:

@@ -1,6 +1,7 @@
 """The speculative ensemble: prepare, loop, report."""
 
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,9 +22,8 @@ from ..notices import STANDARD
 from ..schedule.acceptance import Acceptance
 from ..schedule.auto import Auto, Memory
 from ..schedule.led import led
-from ..schedule.mixture import AutoMixture, predict_mixture
+from ..schedule.mixture import AutoMixture
 from ..schedule.roles import Roles
-from ..schedule.theory import predict
 from ..schedule.turns import Schedule, Turns
 from ..trace.recorder import NoRecord, Recorder
 from .authors import Author, Context, GeneratorAuthor, ModelAuthor
@@ -31,6 +31,7 @@ from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drafter import PROMPT_LOOKUP, drafter_for
 from .drawing import Ancestral, drawing_rule
+from .expected import expected_speedup
 from .final_scores import FinalScores
 from .names import kept_name, names_of, titles_of
 from .output import EnsembleStats, Transcript, output_class
@@ -170,7 +171,8 @@ def _schedule(call: Call, roles: Roles, authors: list[Author], settling: All | O
     costs = [author.costs for author in authors]
     may_propose = roles.may_propose(config)
     watches = call.drafter == PROMPT_LOOKUP or isinstance(call.drafter, Suffixes)  # which cost next to nothing
-    arguments = memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches
+    rule = partial(settling.rule, roles.members)
+    arguments = memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches, rule
     if isinstance(settling, Owner):
         return AutoMixture(*arguments, weights=roles.config(config).weights)
     return Auto(*arguments)
@@ -203,7 +205,7 @@ def _report(
         member_seconds=of_authors("seconds"),
         seconds=seconds,
         owned=_owned(roles, owners, transcript),
-        predicted_speedup=_predicted_speedup(candidates_of, transcript),
+        predicted_speedup=expected_speedup(candidates_of, transcript.lengths.tolist()),
     )
     return output_class(call.model)(
         sequences=transcript.sequences,
@@ -247,23 +249,3 @@ def _owned(roles: Roles, owners: np.ndarray | None, transcript: Transcript) -> l
         return []
     real = np.arange(transcript.new_tokens) < transcript.lengths[:, None]
     return roles.in_callers_order(np.bincount(owners[real], minlength=len(roles.order)).tolist())
-
-
-def _predicted_speedup(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> float | None:
-    """What `theory.predict` expects of these lengths for these texts, from their acceptance and the costs."""
-    batch, steps = len(transcript.sequences), transcript.new_tokens
-
-    def cost(i: int, width: int) -> float:
-        return authors[i].costs.seconds(batch, width) or 0.0
-
-    authors, turns = candidates_of.authors, candidates_of.schedule.turns
-    needed = (author for i, author in enumerate(authors) if i < turns.members or turns.lengths[i])
-    if any(author.costs.measured(batch, 1) is None for author in needed):
-        return None
-    acceptance = [author.accepted / author.verified if author.verified else 0.0 for author in authors]
-    if isinstance(candidates_of.settling, Owner):
-        expected = predict_mixture(turns, candidates_of.context.drawing.weights, acceptance, cost)
-    else:
-        expected = predict(turns, acceptance, cost)
-    speculative, prompt = steps * expected.seconds_per_token, sum(author.prompt_seconds for author in authors)
-    return (prompt + expected.speedup * speculative) / (prompt + speculative)

@@ -54,6 +54,10 @@ class PassCosts:
             self._measured_at[batch, width] = self._passes  # first: those who find samples look for it
             self._samples[batch, width] = (*self._samples.get((batch, width), ())[1 - SAMPLES :], seconds)
 
+    def knows(self, batch: int, width: int) -> bool:
+        """Whether passes of just this width were measured."""
+        return (batch, width) in self._samples
+
     def measured(self, batch: int, width: int) -> float | None:
         """
         Seconds of a pass of just this width: the lower quartile of what was measured, since what disturbs a measurement

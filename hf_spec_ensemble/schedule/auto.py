@@ -3,11 +3,13 @@ confidence."""
 
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from ..members.costs import PassCosts
 from .acceptance import Acceptance
+from .pace import Pace
+from .simulation import AllSettle, EnoughSettle, OwnerSettles, simulate
 from .theory import LOOKUP_LENGTHS, Cost, Prediction, best_turns, worth
 from .turns import Schedule, Situation, Turns
 
@@ -19,6 +21,8 @@ CHANGED = 0.03  # difference of an acceptance, or relative one of a cost, that c
 WORTHWHILE = 0.02  # share of speed that other lengths, and tokens that another run of the same author, must bring
 PLANNING_SHARE = 0.01  # of the time inside passes that may be spent on planning
 WIDEST = 64  # tokens in a pass; what more would cost is not told apart
+PROBING_SHARE = 0.02  # of the time inside passes that may be spent on passes wider than needed, to measure these
+SIMULATED = (16, 48)  # rows and tokens at most that are simulated for a plan for a batch
 
 
 @dataclass
@@ -29,12 +33,14 @@ class Plan:
     prediction: Prediction
     acceptance: list[float]
     costs: list[list[float]]  # [A][w]: seconds per row
+    patient: bool = False  # the standard ensemble's order is faster
     known: dict[tuple, tuple[float, ...]] = field(default_factory=dict)
 
     def differs(self, other: "Plan") -> bool:
         """Whether what is worth what may have changed."""
         return (
             self.turns != other.turns
+            or self.patient != other.patient
             or any(abs(a - b) > CHANGED for a, b in zip(self.acceptance, other.acceptance))
             or any(
                 abs(mine[w] - theirs[w]) > CHANGED * theirs[w]
@@ -53,11 +59,14 @@ class Memory:
     """What outlasts a call: one for every ensemble, way of drawing and batch size."""
 
     acceptance: list[Acceptance]
+    pace: Pace = field(default_factory=Pace)
     plan: Plan | None = None
     seconds: float = 0.0  # inside passes, since the last plan
     passes: int = 0
     interval: int = PLAN_AFTER[0]  # passes until the next plan
     planning_seconds: float = 0.0  # that the last plan took
+    pass_seconds: float = 0.0  # inside all passes, and what of this went into wider ones than needed
+    probing_seconds: float = 0.0
 
 
 class Auto(Schedule):
@@ -82,6 +91,8 @@ class Auto(Schedule):
         may_propose (`Sequence[bool]`, A): Which authors may.
         first (`int`): The member that begins while nothing is known.
         at_once (`int`, *optional*), watches (`bool`): As in `Turns`.
+        rule (`Callable[[], AllSettle]`, *optional*): Gives what settles a token, by what is known now; by default all
+            members do.
     """
 
     def __init__(
@@ -94,13 +105,29 @@ class Auto(Schedule):
         first: int,
         at_once: int | None = None,
         watches: bool = False,
+        rule: Callable[[], AllSettle | OwnerSettles | EnoughSettle] | None = None,
     ):
+        self.rule = rule or (lambda: AllSettle(members))
         self.memory, self.costs, self.batch = memory, costs, batch
         self.members, self.may_propose = members, tuple(may_propose)
         ones = [int(may) for may in may_propose]
         if at_once is not None:
             ones[at_once] = 0 if watches else LOOKUP_LENGTHS[1]
         self._start = Turns(tuple(ones), first, members, at_once, watches)
+        self._standard = Turns((0,) * len(ones), first, members, at_once)
+
+    @property
+    def patient(self) -> bool:
+        """
+        In a batch where that is faster, as planned or as seen: rows that advance separately share passes less well. And
+        while members read single tokens to find what that costs.
+        """
+        plan = self.memory.plan
+        return (self.batch > 1 and (self._pauses or (plan is not None and plan.patient))) or self._takes_measure()
+
+    @property
+    def _pauses(self) -> bool:
+        return self.memory.pace.pauses
 
     @property
     def turns(self) -> Turns:
@@ -109,7 +136,7 @@ class Auto(Schedule):
 
     def proposes(self, situation, confidence) -> int:
         author = situation.current
-        if not self.may_propose[author] or self._takes_measure():
+        if not self.may_propose[author] or self._pauses:
             return 0
         if author == self.turns.at_once:
             return self._length_at_once(situation, confidence)
@@ -119,6 +146,8 @@ class Auto(Schedule):
         return int(sum(self._gain_of_proposing(situation, row, confidence[row]) for row in rows) > 0)
 
     def next(self, situation) -> tuple[int, int]:
+        if self._pauses or self.patient:
+            return self._standard.hand_over(situation)
         turns = self.turns
         if turns.may_go_on(situation) and self._goes_on(situation):
             return situation.current, situation.turn + 1
@@ -140,13 +169,25 @@ class Auto(Schedule):
         )
 
     def width(self, author, width) -> int:
-        costs = self.costs[author]
+        costs, memory = self.costs[author], self.memory
         probed = costs.to_probe(self.batch, width)
-        return costs.padded(self.batch, width) if probed is None else probed
+        if probed is None or self._pauses or self.patient:
+            return costs.padded(self.batch, width)
+        known = costs.measured(self.batch, width)
+        if probed > width and known is not None:
+            price = known * (probed / width - 1)  # at most: wider passes cost no more than in proportion
+            if memory.probing_seconds + price > PROBING_SHARE * memory.pass_seconds:
+                return costs.padded(self.batch, width)
+            memory.probing_seconds += price
+        return probed
 
-    def ran(self, author, seconds) -> None:
-        self.memory.seconds += seconds
-        self.memory.passes += 1
+    def ran(self, author, seconds, width) -> None:
+        memory = self.memory
+        memory.seconds += seconds
+        memory.pass_seconds += seconds
+        memory.passes += 1
+        # What such a pass costs undisturbed, or the noise of single measurements would decide
+        memory.pace.ran(min(seconds, self.costs[author].measured(self.batch, width)))
 
     def judged(self, author, confidence, kept) -> None:
         self.memory.acceptance[author].add(confidence, kept)
@@ -155,8 +196,15 @@ class Auto(Schedule):
         for acceptance in self.memory.acceptance:
             acceptance.fade(tokens)
         memory = self.memory
+        memory.pace.advanced(tokens, self._standard_seconds())
         if memory.passes >= memory.interval and memory.planning_seconds <= PLANNING_SHARE * memory.seconds:
             self._plan()
+
+    def _standard_seconds(self) -> float | None:
+        """What a token costs the standard ensemble; `None` if that is not known."""
+        costs = self.costs[: self.members]
+        known = all(one.knows(self.batch, 1) for one in costs)
+        return sum(one.measured(self.batch, 1) for one in costs) if known else None
 
     def _plan(self) -> None:
         if not self._knows_enough():
@@ -183,8 +231,19 @@ class Auto(Schedule):
         former one where nothing has changed.
         """
         turns, prediction = best_turns(self.turns, acceptance, looked_up(tables), self.may_propose, WORTHWHILE)
-        plan, before = Plan(turns, prediction, acceptance, tables), self.memory.plan
+        prediction, patient = self._in_batch(turns, prediction, acceptance, looked_up(tables))
+        plan, before = Plan(turns, prediction, acceptance, tables, patient), self.memory.plan
         return plan if before is None or plan.differs(before) else before
+
+    def _in_batch(
+        self, turns: Turns, prediction: Prediction, acceptance: Sequence[float], cost: Cost
+    ) -> tuple[Prediction, bool]:
+        """What a prediction for one row becomes in a batch, and whether the standard ensemble is faster."""
+        if self.batch == 1:
+            return prediction, False
+        rows, tokens = SIMULATED
+        prediction = simulate(turns, acceptance, cost, [tokens] * min(self.batch, rows), self.rule())
+        return prediction, prediction.speedup < 1 + WORTHWHILE
 
     def _takes_measure(self) -> bool:
         """Whether members should now read single tokens, as in the standard ensemble, to find what that costs."""

@@ -32,6 +32,10 @@ class Led(Schedule):
     def _agree(self, *numbers: int) -> tuple[int, ...]:
         return tuple(self.ranks.agree(torch.tensor(numbers)).tolist())
 
+    @property
+    def patient(self):
+        return bool(self._agree(self.schedule.patient)[0])
+
     def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> int:
         return self._agree(self.schedule.proposes(situation, confidence))[0]
 
@@ -41,8 +45,8 @@ class Led(Schedule):
     def width(self, author, width):
         return self._agree(self.schedule.width(author, width))[0]
 
-    def ran(self, author, seconds):
-        self.schedule.ran(author, seconds)
+    def ran(self, author, seconds, width):
+        self.schedule.ran(author, seconds, width)
 
     def judged(self, author, confidence, kept):
         self.schedule.judged(author, confidence, kept)

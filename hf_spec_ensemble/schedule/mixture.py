@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from .auto import WORTHWHILE, Auto, looked_up
 from .theory import LENGTHS, LOOKUP_LENGTHS, Cost, Prediction
-from .turns import Turns
+from .turns import Situation, Turns
 
 
 def predict_mixture(turns: Turns, weights: Sequence[float], acceptance: Sequence[float], cost: Cost) -> Prediction:
@@ -56,6 +56,30 @@ def predict_mixture(turns: Turns, weights: Sequence[float], acceptance: Sequence
     return Prediction(seconds / tokens, tuple(each / tokens for each in runs), standard * tokens / seconds)
 
 
+@dataclass(frozen=True)
+class MixtureTurns(Turns):
+    """
+    As `Turns`; where something is pending its owners run first, since a draft behind drafts is less likely to be kept.
+
+    Example: a drafter has had its turn, and does not have another.
+
+    >>> from hf_spec_ensemble.schedule.mixture import MixtureTurns
+    >>> from hf_spec_ensemble.schedule.turns import Situation
+
+    >>> turns = MixtureTurns((1, 1, 4), first=0, members=2, at_once=2)
+    >>> turns.next(Situation(0, 1, lag=[[0], [1], [0]], waiting=[0, 1]))
+    (2, 1)
+    >>> turns.next(Situation(0, 1, lag=[[0], [5], [0]], pending=[[(2, 0.9)] * 4], waiting=[0, 1]))
+    (1, 1)
+    """
+
+    def hand_over(self, situation: Situation) -> tuple[int, int]:
+        if not any(situation.pending):
+            return super().hand_over(situation)
+        ones = tuple(int(length > 0 and i < self.members) for i, length in enumerate(self.lengths))
+        return Turns(ones, self.first, self.members, self.at_once).hand_over(situation)
+
+
 @dataclass
 class MixturePlan:
     """Who drafts, how much, and what that is worth."""
@@ -64,6 +88,7 @@ class MixturePlan:
     prediction: Prediction
     acceptance: list[float]
     costs: list[list[float]]  # [A][w]: seconds per row
+    patient: bool = False  # the standard ensemble's order is faster
     known: dict[float, int] = field(default_factory=dict)  # best lengths of the author that drafts at once, by chance
 
 
@@ -80,7 +105,9 @@ class AutoMixture(Auto):
         super().__init__(*arguments, **more)
         self.weights = tuple(weights)
         self._ones = tuple(int(may and i < self.members) for i, may in enumerate(self.may_propose))
-        self._start = replace(self._start, lengths=self._ones)
+        self._start = MixtureTurns(
+            self._ones, self._start.first, self.members, self._start.at_once, self._start.watches
+        )
 
     def proposes(self, situation, confidence) -> int:
         author, plan = situation.current, self.memory.plan
@@ -88,21 +115,20 @@ class AutoMixture(Auto):
             return 0
         if author != self.turns.at_once:
             return 1
-        if plan is None:
+        if plan is None or self._pauses:
             return 0
         sure = [self.memory.acceptance[author].chance(own) for own in confidence if own is not None]
         return self._best_length(plan, round(sum(sure) / len(sure), 2))
 
     def next(self, situation) -> tuple[int, int]:
-        turns, current = self.turns, situation.current
-        if turns.may_go_on(situation) and situation.turn < turns.lengths[current]:
-            return current, situation.turn + 1
-        if any(situation.pending):  # owners first: a draft behind drafts is less likely to be kept
-            turns = replace(turns, lengths=self._ones, watches=False)
-        return turns.hand_over(situation)
+        return self._standard.hand_over(situation) if self.patient else self.turns.next(situation)
 
     def width(self, author, width) -> int:
         return self.costs[author].padded(self.batch, width)
+
+    def _takes_measure(self) -> bool:
+        """In a batch; a single row's members soon read single tokens anyway."""
+        return self.batch > 1 and super()._takes_measure()
 
     def _knows_enough(self) -> bool:
         return all(costs.measured(self.batch, 1) is not None for costs in self.costs[: self.members])
@@ -116,6 +142,7 @@ class AutoMixture(Auto):
                 plan = self._plan_of(self._drafting(author, length), acceptance, tables)
                 if plan.prediction.seconds_per_token < (1 - WORTHWHILE) * best.prediction.seconds_per_token:
                     best = plan
+        best.prediction, best.patient = self._in_batch(best.turns, best.prediction, acceptance, looked_up(tables))
         return best
 
     def _plan_of(self, turns: Turns, acceptance: list[float], tables: list[list[float]]) -> MixturePlan:

@@ -38,6 +38,11 @@ class Schedule:
     Subclasses define `proposes` and `next`; the rest does nothing unless overridden.
     """
 
+    @property
+    def patient(self) -> bool:
+        """Whether positions should be final only when all members have scored them, as in the standard ensemble."""
+        return False
+
     def proposes(self, situation: Situation, confidence: Sequence[float | None]) -> int:
         """
         How many tokens the author that ran last may propose in each row: 0, 1, or more if its proposals come all at
@@ -57,8 +62,8 @@ class Schedule:
         """How many tokens a row a pass should read that has `width` of them to read: as many, or padded to more."""
         return width
 
-    def ran(self, author: int, seconds: float) -> None:
-        """A pass took so long."""
+    def ran(self, author: int, seconds: float, width: int) -> None:
+        """A pass over so many tokens in each row took so long; or a drafter that reads none, `width` 0."""
 
     def judged(self, author: int, confidence: float, kept: bool) -> None:
         """A proposal was verified."""

@@ -199,6 +199,7 @@ def dice(monkeypatch):
 
     for name, decide in (("proposes", proposes), ("next", next_), ("width", lambda *args: rng.choice([0, 3]))):
         monkeypatch.setattr(Auto, name, decide)
+    monkeypatch.setattr(Auto, "patient", property(lambda self: rng.random() < 0.3))
     return taken
 
 
@@ -330,3 +331,39 @@ def test_what_was_learnt_is_kept_between_calls_of_the_same_members(monkeypatch):
     first_call = len(plans)
     models[0].generate(**inputs, assistant_model=models[1], ensemble_config=EnsembleConfig(), **call)
     assert plans[first_call] is not None
+
+
+def in_batch(cost, batch) -> Auto:
+    """A schedule for two members that agree, in a batch, whose passes have been measured."""
+    costs = [PassCosts() for _ in range(2)]
+    for table in costs:
+        for width in (1, 1, 2, 2, 4, 4, 8, 8):
+            table.add(batch, width, cost(width))
+    memory = Memory([Acceptance() for _ in costs], passes=100, seconds=100.0, pass_seconds=100.0)
+    for one in memory.acceptance:
+        for i in range(100):
+            one.add(0.9, i % 10 > 0)
+    made = Auto(memory, costs, batch, 2, [True, True], 0)
+    made.advanced(1)
+    return made
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_batch_decodes_as_the_standard_ensemble_where_wide_passes_cost_in_proportion(batch):
+    assert not in_batch(lambda width: 1.0, batch).patient
+    dear = in_batch(lambda width: float(width), batch)
+    assert (dear.patient == (batch > 1) and dear.turns.lengths == (0, 0)) or dear.patient
+
+
+def test_wider_passes_are_measured_for_a_small_share_of_the_time_only():
+    costs = [PassCosts(), PassCosts()]
+    schedule = Auto(Memory([Acceptance(), Acceptance()]), costs, 1, 2, [True, True], 0)
+    useful = spent = 0.0
+    for i in range(400):
+        needed = 1 if i < 8 else 1 + i % 2
+        width = schedule.width(i % 2, needed)
+        assert width >= needed
+        costs[i % 2].add(1, width, float(width))
+        schedule.ran(i % 2, float(width), width)
+        useful, spent = useful + needed, spent + width
+    assert 1.0 < spent / useful < 1.03

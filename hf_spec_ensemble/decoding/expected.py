@@ -1,0 +1,65 @@
+"""What a call that is over should have gained, by theory: from its acceptance and the costs measured in the process."""
+
+from collections.abc import Sequence
+
+from ..schedule.mixture import predict_mixture
+from ..schedule.simulation import OwnerSettles, simulate
+from ..schedule.theory import Cost, Prediction, predict
+from ..schedule.turns import Turns
+from .authors import GeneratorAuthor
+from .candidates import EnsembleCandidateGenerator
+from .settling import All, OwnerAmongAll
+
+
+ROW_TOKENS = 512  # that are simulated: more of few texts, for less chance, and fewer of many
+
+
+def expected_speedup(candidates_of: EnsembleCandidateGenerator, lengths: Sequence[int]) -> float | None:
+    """
+    Over the standard ensemble, inside passes, those over the prompt included.
+
+    Args:
+        candidates_of (`EnsembleCandidateGenerator`): Of a call that is over.
+        lengths (`Sequence[int]`, B): Tokens of its texts.
+
+    Returns:
+        `float` or `None`: `None` if costs are not known.
+    """
+    authors, turns, batch = candidates_of.authors, candidates_of.schedule.turns, len(lengths)
+
+    def cost(i: int, width: int) -> float:
+        return authors[i].costs.seconds(batch, width) or 0.0
+
+    needed = (author for i, author in enumerate(authors) if i < turns.members or turns.lengths[i])
+    if any(author.costs.measured(batch, 1) is None for author in needed):
+        return None
+    acceptance = [author.accepted / author.verified if author.verified else 0.0 for author in authors]
+    expected = _expected(candidates_of, turns, acceptance, cost, lengths)
+    standard = expected.speedup * expected.seconds_per_token
+    patient = candidates_of.patient_share
+    speculative = (1 - patient) * expected.seconds_per_token + patient * standard
+    prompt, steps = sum(author.prompt_seconds for author in authors), max(lengths)
+    return (prompt + steps * standard) / (prompt + steps * speculative)
+
+
+def _expected(
+    candidates_of: EnsembleCandidateGenerator,
+    turns: Turns,
+    acceptance: list[float],
+    cost: Cost,
+    lengths: Sequence[int],
+) -> Prediction:
+    """A formula's where there is one, else a simulation's."""
+    drafter = candidates_of.authors[-1]
+    coverage = drafter.coverage if isinstance(drafter, GeneratorAuthor) and turns.lengths[drafter.index] else 1.0
+    rule = candidates_of.settling.rule(turns.members)
+    if len(lengths) == 1 and coverage == 1:
+        if isinstance(rule, OwnerSettles):
+            return predict_mixture(turns, rule.weights, acceptance, cost)
+        if isinstance(candidates_of.settling, (All, OwnerAmongAll)):
+            return predict(turns, acceptance, cost)
+    some = [max(round(length * min(ROW_TOKENS / sum(lengths), 1)), 1) for length in lengths]
+    runs = [simulate(turns, acceptance, cost, some, rule, coverage, seed) for seed in range(ROW_TOKENS // sum(some))]
+    mean = sum(run.seconds_per_token for run in runs) / len(runs)
+    standard = runs[0].speedup * runs[0].seconds_per_token
+    return Prediction(mean, runs[0].runs_per_token, standard / mean)
