@@ -23,7 +23,7 @@ from .variants import COMPILED, STATIC, Variant
 
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 16)
-ROUNDS, PASSES = 2, 3  # texts begun anew, and passes over each width in each of them
+ROUNDS, PASSES = 3, 2  # texts begun anew, and passes over each width in each of them
 
 
 def curve_key(condition: Condition, prefix: str, model: str) -> Record:

@@ -209,7 +209,7 @@ class Plan:
         if s.values is not None and s.curve is None:
             raise ValueError("--values are those of a --curve, which is not given.")
         if s.dtype != AUTO and not getattr(getattr(torch, s.dtype, None), "is_floating_point", False):
-            raise ValueError(f"--dtype must be auto or a floating type of torch, as bfloat16, but is {s.dtype!r}.")
+            raise ValueError(f"--dtype must be a floating type of torch, as bfloat16, or auto, but is {s.dtype!r}.")
         check_device(s.device)
         if s.run_model_code and not can_run():
             raise ValueError("--run-model-code needs limits of the operating system that this one does not have.")

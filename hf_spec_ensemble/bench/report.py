@@ -48,7 +48,7 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
         "Medians over prompts of the time for a token, the standard ensemble's divided by the variant's, with their "
         "bootstrap intervals (95 %).",
     ]
-    if curves := sorted(records.of_kind("curve"), key=_curve_place):
+    if curves := _curves(records):
         lines += ["", "## What passes cost", "", *curve_table(curves), "", CURVES]
     for condition in dict.fromkeys(summary.condition for summary in summaries):
         own = [summary for summary in summaries if summary.condition == condition]
@@ -136,9 +136,16 @@ def _text(summary: Summary) -> str:
     return f"{same} of {count} identical{gap}"
 
 
-def _curve_place(curve: Record) -> tuple:
-    """What curves are sorted by."""
-    return list(TASKS).index(curve["task"]), curve["batch_size"], curve["prompt_length"] or 0, curve["variant"]
+def _curves(records: Records) -> list[Record]:
+    """In an order that does not depend on when they were made: under each condition the members' first."""
+    members = records.header["settings"]["members"]
+
+    def place(curve: Record) -> tuple:
+        condition = list(TASKS).index(curve["task"]), curve["batch_size"], curve["prompt_length"] or 0
+        model = curve["model"]
+        return *condition, curve["variant"], members.index(model) if model in members else len(members), model
+
+    return sorted(records.of_kind("curve"), key=place)
 
 
 def _title(condition: Condition) -> str:

@@ -52,7 +52,7 @@ def test_a_curve_keeps_within_the_positions_that_models_have():
 
 
 def test_medians_are_taken(monkeypatch):
-    laps = iter([9.0, 1.0, 2.0, 60.0, 9.0, 3.0, 4.0, 5.0])  # a prompt and three passes, twice
+    laps = iter([9.0, 1.0, 2.0, 90.0, 60.0, 3.0, 8.0, 4.0, 5.0])  # a prompt and two passes, three times
     monkeypatch.setattr(curves, "_last_lap", lambda member: next(laps))
     made = curves.measure_curves({"one": tiny("llama", 1)}, prompts(1, 4), Running(), new_tokens=2, widths=(1,))
     assert made["one"]["seconds"] == [3.5] and made["one"]["prompt_seconds"] == 9
