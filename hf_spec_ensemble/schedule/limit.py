@@ -27,6 +27,8 @@ def limit(
       author is sure has measured a higher one than the author has elsewhere, and then the limit is too high.
     - All members score every token, unless there are `weights`. A greedy mixture that is settled by some of them can be
       faster than the limit.
+    - A pass of an owner costs what one of average width does. Where c(w) rises in a step, the average over widths is
+      less, and the limit is too low.
     - It is for one row. With the costs of a batch it is an upper bound: rows advance separately, and a pass serves only
       those that wait for it.
     - Passes that read late tokens without giving logits cost less than `cost` says.
