@@ -2,7 +2,8 @@
 Measures: every variant on every prompt, in turns, each from a call of `generate()` to its return.
 
 The variants take turns prompt by prompt, and who begins changes with each, so that a machine that gets slower or faster
-on the way does so for all. One run of each on the first prompt warms up, after compiling what is compiled.
+on the way does so for all. One run of each on the first prompt warms up, after compiling what is compiled. Then the
+models' passes are measured by themselves, which says how fast the variants could be.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ from ..members.stopwatch import Stopwatch
 from ..members.warmup import warmup
 from ..tools.arguments import locate
 from ..version import __version__
+from .curves import curve_key, curve_table, measure_curves, missing_curves, running_of
+from .inputs import batch_of
 from .plan import Condition, Group, Plan, Settings
 from .processes import Process
 from .records import Record, Records
@@ -86,7 +89,9 @@ class Bench:
             for condition in self.plan.conditions:
                 missing = [u for u in self._units(condition, self.process.rank) if not self._is_recorded(*u)]
                 bar.set_description(name + describe(condition))
-                self._warm_up(condition, list({variant.name: variant for _, variant, *_ in missing}.values()))
+                variants = list({variant.name: variant for _, variant, *_ in missing}.values())
+                self._warm_up(condition, variants)
+                self._measure_curves(condition, variants)
                 for unit in missing:
                     self.records.add(self._measure(*unit))
                     bar.update()
@@ -140,6 +145,22 @@ class Bench:
             if variant.prefix == COMPILED:
                 self._compile(condition, variant)
             self._generate(condition, variant, group.prompts, self.settings.seeds[0])
+
+    def _measure_curves(self, condition: Condition, variants: Sequence[Variant]) -> None:
+        """Records, and shows, what passes cost of which these variants consist, as far as that is not recorded."""
+        missing = missing_curves(self.plan, self.records, condition, variants) if variants else {}
+        for prefix, names in missing.items():
+            curves = measure_curves(
+                {name: self._models[name] for name in names},
+                batch_of(self.plan.groups(condition)[0].prompts, self._padding["pad_token_id"], self.settings.device),
+                running_of(self.plan, condition, prefix),
+                self.settings.max_new_tokens,
+                self.plan.longest,
+            )
+            records = [curve_key(condition, prefix, name) | curve for name, curve in curves.items()]
+            for record in records:
+                self.records.add(record)
+            tqdm.write("\n".join(["Milliseconds of a pass (times one over one token):", *curve_table(records)]))
 
     def _compile(self, condition: Condition, variant: Variant) -> None:
         """Compiles a variant's passes, as far as no other has done so, and records how long that took."""
@@ -205,7 +226,7 @@ class Bench:
         if condition.prompt_length is not None and self._ends:  # a prompt that was cut may end the text at once
             arguments["suppress_tokens"] = self._ends
         arguments |= self._caches(condition, variant) | self._padding | _sampling(condition.temperature) | more
-        inputs = _batch(prompts, self._padding["pad_token_id"], model.device)
+        inputs = batch_of(prompts, self._padding["pad_token_id"], model.device)
         with variant.prepared(members), Passes([] if variant.config else members) as passes:
             torch.manual_seed(seed)
             _synchronize(model.device)
@@ -345,18 +366,6 @@ def _sampling(temperature: float) -> dict[str, Any]:
     if temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-
-
-def _batch(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Prompts as inputs `[B, P]`, padded on the left."""
-    longest = max(len(ids) for ids in prompts)
-    gaps = [longest - len(ids) for ids in prompts]
-    ids = [[pad] * gap + list(ids) for gap, ids in zip(gaps, prompts)]
-    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-    return {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
 
 
 def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

@@ -23,8 +23,9 @@ from .tasks import TASKS, Row, encode, load_rows
 from .variants import COMPILED, STANDARD, TAKE_LENGTHS, Variant, parse, split
 
 
+AUTO = "auto"  # as dtype
 COMPARED = (
-    "members", STANDARD, "no-alternate:5", "fixed:1", "fixed:5", "auto", "drafter:prompt_lookup", "assisted:5",
+    "members", STANDARD, "no-alternate:5", "fixed:1", "fixed:5", "auto", "drafter:none", "assisted:5",
     "ensemble-weight:5",
 )  # fmt: skip
 CURVES = {
@@ -55,7 +56,8 @@ class Settings:
         batch_sizes, seeds (`list[int]`): Greedy decoding uses the first seed only.
         max_new_tokens, num_prompts, repeats (`int`): A repeat measures the same text again.
         curve (`str`, *optional*): What to vary instead, one of `CURVES`, over `values`.
-        dtype, device (`str`), threads (`int`, *optional*): As torch names them; torch's default number of threads.
+        dtype (`str`): As torch names it; `"auto"` until the faster one is found.
+        device (`str`), threads (`int`, *optional*): As torch names it; torch's default number of threads.
         freeze (`bool`): Whether compiled passes have weights packed for them.
         run_model_code (`bool`): Whether tasks may run the code that models write, to score it.
         out (`Path`): The folder of records, table and plots.
@@ -206,8 +208,8 @@ class Plan:
             raise ValueError(f"There is no curve {s.curve!r}. Curves: {', '.join(CURVES)}.")
         if s.values is not None and s.curve is None:
             raise ValueError("--values are those of a --curve, which is not given.")
-        if not getattr(getattr(torch, s.dtype, None), "is_floating_point", False):
-            raise ValueError(f"--dtype must be a floating type of torch, as float32 or bfloat16, but is {s.dtype!r}.")
+        if s.dtype != AUTO and not getattr(getattr(torch, s.dtype, None), "is_floating_point", False):
+            raise ValueError(f"--dtype must be a floating type of torch, as bfloat16, or auto, but is {s.dtype!r}.")
         check_device(s.device)
         if s.run_model_code and not can_run():
             raise ValueError("--run-model-code needs limits of the operating system that this one does not have.")
@@ -261,7 +263,7 @@ class Plan:
             ]
         variants: dict[str, Variant] = {}
         for name in dict.fromkeys([STANDARD, *names]):
-            parsed = parse(name, condition.members, s.config, condition.batch_size)
+            parsed = parse(name, condition.members, s.config, condition.batch_size, condition.temperature)
             if isinstance(parsed, str):
                 where = f" with batches of {condition.batch_size}" if condition.batch_size > 1 else ""
                 note = f"{name} is left out{where}: {parsed}."

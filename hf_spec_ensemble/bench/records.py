@@ -14,11 +14,11 @@ from ..files import parse_object
 
 Record = dict[str, Any]
 CONDITION = ("task", "temperature", "batch_size", "members", "prompt_length")
-KEY = ("kind", *CONDITION, "variant", "group", "seed", "repeat", "row")
+KEY = ("kind", *CONDITION, "variant", "group", "seed", "repeat", "row", "model")
 
 
 def key_of(record: Record) -> tuple:
-    """What determines a record; `row` is only of divergences, and what compiling took is of no prompt."""
+    """What determines a record; `row` is only of divergences, `model` of what passes cost. Not all are of a prompt."""
     return tuple(record.get(name) for name in KEY)
 
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .curves import curve_table
+from .dtypes import dtype_note
 from .plan import Condition, short_names
-from .records import CONDITION, Records
+from .records import CONDITION, Record, Records
 from .summary import COLUMN_OF_CURVE, Summary, label, members_of, summarise
 from .tasks import TASKS
 from .variants import NOTES, STANDARD, kind_of
@@ -15,6 +17,17 @@ from .variants import NOTES, STANDARD, kind_of
 TITLES = {
     "task": "task", "temperature": "T", "batch_size": "batch", "members": "members", "prompt_length": "prompt length",
 }  # fmt: skip
+
+LIMIT = (
+    "Limit: the speed-up that the best proposal lengths would have by the theory, for what passes cost here and the "
+    "acceptance in this run, with no time outside the passes. Reached: the share of it. It is computed for one row, so "
+    "that it is an upper bound for batches. It is too high where an author proposes only what it is sure of, and too "
+    "low for greedy mixtures, where a token may be settled before all members have scored it."
+)
+CURVES = (
+    "Milliseconds of a forward pass over so many tokens in each row, medians, in the middle of a text; in brackets, "
+    "times those of a pass over one token."
+)
 
 
 def markdown(records: Records, notes: Sequence[str] = ()) -> str:
@@ -35,6 +48,8 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
         "Medians over prompts of the time for a token, the standard ensemble's divided by the variant's, with their "
         "bootstrap intervals (95 %).",
     ]
+    if curves := _curves(records):
+        lines += ["", "## What passes cost", "", *curve_table(curves), "", CURVES]
     for condition in dict.fromkeys(summary.condition for summary in summaries):
         own = [summary for summary in summaries if summary.condition == condition]
         lines += ["", f"## {_title(condition)}", "", f"{max(s.prompts for s in own)} prompts.", ""]
@@ -45,6 +60,8 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
         "(not told apart for standard ensembles). Text: whether it is the standard ensemble's; where it is not, the "
         "gap is the lead, in log-probability, of its most probable token at the first difference.",
     ]
+    if any(summary.limit is not None for summary in summaries):
+        lines += ["", LIMIT]
     kinds = dict.fromkeys(kind_of(summary.variant) for summary in summaries)
     lines += [f"\n{mark} {NOTES[kind]}" for kind, mark in _marks(kinds).items()]
     return "\n".join(lines) + "\n"
@@ -52,7 +69,7 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
 
 def _circumstances(records: Records) -> list[str]:
     """What the records tell of how they were made, as notes."""
-    notes = []
+    notes = [dtype_note(record) for record in records.of_kind("dtype")]
     compiling = [record["seconds"] for record in records.of_kind("warmup")]
     if compiling:
         notes.append(f"Compiling took {sum(compiling):.0f} s, which no time below contains.")
@@ -87,14 +104,16 @@ def _overview(summaries: Sequence[Summary], records: Records) -> list[str]:
 
 def _details(summaries: Sequence[Summary], members: Sequence[str]) -> list[str]:
     marks = _marks(dict.fromkeys(kind_of(summary.variant) for summary in summaries))
-    head = ["method", "speed-up", "tokens/s", "passes per token", "acceptance", "overhead", "predicted speed-up"]
-    head += [TASKS[summaries[0].condition.task].metric, "text"]
+    head = ["method", "speed-up", "limit", "reached", "tokens/s", "passes per token", "acceptance", "overhead"]
+    head += ["predicted speed-up", TASKS[summaries[0].condition.task].metric, "text"]
     rows = []
     for s in summaries:
         rows.append(
             [
                 f"{label(s.variant, members)} {marks.get(kind_of(s.variant), '')}".strip(),
                 "1" if s.variant == STANDARD else str(s.speedup),
+                "-" if s.limit is None else f"{s.limit:.2f}",
+                _percent(s.reached),
                 f"{s.tokens_per_second.median:.1f}",
                 " / ".join(f"{x:.2f}" for x in s.passes),
                 " / ".join(_percent(x) for x in s.acceptance) if any(x is not None for x in s.acceptance) else "-",
@@ -117,6 +136,18 @@ def _text(summary: Summary) -> str:
     return f"{same} of {count} identical{gap}"
 
 
+def _curves(records: Records) -> list[Record]:
+    """In an order that does not depend on when they were made: under each condition the members' first."""
+    members = records.header["settings"]["members"]
+
+    def place(curve: Record) -> tuple:
+        condition = list(TASKS).index(curve["task"]), curve["batch_size"], curve["prompt_length"] or 0
+        model = curve["model"]
+        return *condition, curve["variant"], members.index(model) if model in members else len(members), model
+
+    return sorted(records.of_kind("curve"), key=place)
+
+
 def _title(condition: Condition) -> str:
     values = {TITLES[name]: getattr(condition, name) for name in CONDITION[1:]}
     return ", ".join([condition.task, *(f"{name} {_shown(x)}" for name, x in values.items() if x is not None)])
@@ -124,7 +155,7 @@ def _title(condition: Condition) -> str:
 
 def _marks(kinds) -> dict[str, str]:
     """Footnote marks of the kinds that have a note."""
-    return dict(zip([kind for kind in kinds if kind in NOTES], "¹²"))
+    return dict(zip([kind for kind in kinds if kind in NOTES], "¹²³"))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .limits import limit_of
 from .plan import Condition, short_names
 from .records import CONDITION, Record, Records
 from .tasks import TASKS
@@ -43,6 +44,7 @@ class Summary:
             main model's.
         overhead (`float`, *optional*): Its share.
         predicted (`float`, *optional*): The speed-up that the ensemble itself expected.
+        limit (`float`, *optional*): The speed-up that passes' costs and acceptance allow; see `limits`.
         score (`float`, *optional*): The task's.
         identical (`tuple[int, int]`, *optional*): Texts equal to the standard ensemble's, of so many.
         gap (`float`, *optional*): Where texts differ, the greatest lead of the ensemble's most probable token there.
@@ -59,9 +61,15 @@ class Summary:
     overhead_seconds: float
     overhead: float | None
     predicted: float | None
+    limit: float | None
     score: float | None
     identical: tuple[int, int] | None
     gap: float | None
+
+    @property
+    def reached(self) -> float | None:
+        """The share of the limit that the median prompt reached."""
+        return None if self.limit is None else self.speedup.median / self.limit
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -102,11 +110,13 @@ def summarise(records: Records) -> list[Summary]:
                     for a, b in zip(record["tokens"], standard[_turn(record)]["tokens"])
                     if comparable
                 ]
-                summaries.append(_summary(condition, variant, paired, standard, texts, gaps.get((condition, variant))))
+                limit = limit_of(records, condition, variant, paired)
+                own_gaps = gaps.get((condition, variant))
+                summaries.append(_summary(condition, variant, paired, standard, texts, own_gaps, limit))
     return summaries
 
 
-def _summary(condition, variant, runs, standard, texts, gaps) -> Summary:
+def _summary(condition, variant, runs, standard, texts, gaps, limit) -> Summary:
     ratios, speeds = defaultdict(list), defaultdict(list)  # by prompt, over repeats and seeds
     for run in runs:
         own, base = (record["seconds"] / record["new_tokens"] for record in (run, standard[_turn(run)]))
@@ -130,6 +140,7 @@ def _summary(condition, variant, runs, standard, texts, gaps) -> Summary:
         overhead_seconds=(loop_seconds - sum(member_seconds)) / tokens,
         overhead=None if kind_of(variant) == STANDARD else 1 - sum(member_seconds) / loop_seconds,
         predicted=statistics.median(predictions) if predictions else None,
+        limit=limit,
         score=statistics.mean(scores) if scores else None,
         identical=(sum(texts), len(texts)) if texts else None,
         gap=max(gaps) if gaps else None,

@@ -8,19 +8,28 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..config import EnsembleConfig
+from ..decoding.suffixes import Suffixes
+from .loop import ancestral_loop
 
 
 STANDARD = "standard"
+NONE, PROMPT_LOOKUP, SUFFIXES = "none", "prompt_lookup", "suffixes"  # drafters that are no models
 SPECULATIVE = ("auto", "no-alternate", "fixed", "drafter")
 TAKE_LENGTHS = ("fixed", "no-alternate", "assisted", "ensemble-weight")
-ORDER = (STANDARD, "member", "no-alternate", "fixed", "auto", "drafter", "assisted", "ensemble-weight")  # in tables
+ORDER = (
+    STANDARD, "member", "no-alternate", "fixed", "auto", "drafter", "loop", "assisted", "ensemble-weight",
+)  # fmt: skip
 STATIC, COMPILED = "static:", "compiled:"
 NAMES = """\
-members (each alone), standard, auto, no-alternate or no-alternate:K, fixed:K or fixed:K,K,.. (one for each member),
-drafter:prompt_lookup, drafter:FOLDER, assisted:K and ensemble-weight:K (transformers' own); in front of what decodes
-the ensemble, static: (over static caches) or compiled: (compiled passes over these), as in compiled:fixed:1,1"""
+members (each alone), standard, auto (what generate() does by default), drafter:none, drafter:suffixes,
+drafter:prompt_lookup or drafter:FOLDER (the same with another drafter, or with none), no-alternate or no-alternate:K,
+fixed:K or fixed:K,K,.. (one for each member; no drafter), loop (mixtures sampled by their components in a plain loop),
+assisted:K and ensemble-weight:K (transformers' own); in front of what decodes the ensemble, static: (over static
+caches) or compiled: (compiled passes over these), as in compiled:fixed:1,1"""
 
 NOTES = {
+    "loop": "a plain loop over KV caches: it draws the member whose turn it is, lets it read, and draws the token. It "
+    "uses other random numbers, so that its texts are others of the same distribution.",
     "assisted": "transformers' assisted generation of the first two members: the text is the main model's, not the "
     "ensemble's.",
     "ensemble-weight": "transformers' `assistant_ensemble_weight`: mixes the two distributions where it verifies, but "
@@ -74,13 +83,15 @@ def repeats_standard(name: str) -> bool:
 @dataclass(frozen=True)
 class Variant:
     """
-    One thing that is compared; one of `alone`, `config` and `assisted` is set.
+    One thing that is compared; one of `alone`, `config`, `loop` and `assisted` is set.
 
     Args:
         name (`str`): As `--compare` takes it.
         alone (`int`, *optional*): A member without the others.
         config (`EnsembleConfig`, *optional*): An ensemble of all members.
-        drafter (`str`, *optional*): What drafts for that ensemble: `"prompt_lookup"`, or a model's folder or name.
+        drafter (`str`, *optional*): What drafts for that ensemble: `"none"`, `"suffixes"` (of the texts of one call),
+            `"prompt_lookup"`, or a model's folder or name. By default that is left to `generate()`.
+        loop (`list[float]`, *optional*): The weights of a mixture that a plain loop samples.
         assisted (`int`, *optional*): The proposal length of transformers' own assisted generation.
         weight (`float`, *optional*): The main model's, for `assistant_ensemble_weight` in that.
         prefix (`str`): `"static:"` or `"compiled:"`, of an ensemble over static caches or compiled passes.
@@ -90,13 +101,14 @@ class Variant:
     alone: int | None = None
     config: EnsembleConfig | None = None
     drafter: str | None = None
+    loop: list[float] | None = None
     assisted: int | None = None
     weight: float | None = None
     prefix: str = ""
 
     @property
     def drafting_model(self) -> str | None:
-        return None if self.drafter == "prompt_lookup" else self.drafter
+        return None if self.drafter in (NONE, PROMPT_LOOKUP, SUFFIXES) else self.drafter
 
     def arguments(
         self, models: Sequence[PreTrainedModel], drafters: dict[str, PreTrainedModel]
@@ -107,8 +119,12 @@ class Variant:
         if self.config is not None:
             arguments: dict[str, Any] = {"assistant_model": list(models[1:]), "ensemble_config": self.config}
             if self.drafter is not None:
-                arguments["drafter"] = drafters.get(self.drafter, self.drafter)
+                known = {NONE: None, SUFFIXES: Suffixes()} | drafters
+                arguments["drafter"] = known.get(self.drafter, self.drafter)
             return models[0], arguments
+        if self.loop is not None:
+            others = list(models[1:])
+            return models[0], {"custom_generate": ancestral_loop, "assistant_models": others, "weights": self.loop}
         mixing = {} if self.weight is None else {"assistant_ensemble_weight": self.weight}
         return models[0], {"assistant_model": models[1], **mixing}
 
@@ -134,9 +150,12 @@ class Variant:
                 setattr(config, name, value)
 
 
-def parse(name: str, members: int, config: EnsembleConfig, batch_size: int = 1) -> list[Variant] | str:
+def parse(
+    name: str, members: int, config: EnsembleConfig, batch_size: int = 1, temperature: float = 0.0
+) -> list[Variant] | str:
     """
-    The variants that a name stands for, in an ensemble of so many members that decodes batches of that size.
+    The variants that a name stands for, in an ensemble of so many members that decodes batches of that size at that
+    temperature.
 
     Returns:
         `list[Variant]`, or a `str` that says why the name does not apply here.
@@ -161,7 +180,7 @@ def parse(name: str, members: int, config: EnsembleConfig, batch_size: int = 1) 
                 f"{name!r}: {prefix} goes in front of what decodes the ensemble, which is standard, auto, "
                 "no-alternate, no-alternate:K, fixed:K and drafter:X."
             )
-        made = parse(unprefixed, members, config, batch_size)
+        made = parse(unprefixed, members, config, batch_size, temperature)
         return [replace(variant, name=prefix + variant.name, prefix=prefix) for variant in made]
     kind, _, rest = name.partition(":")
     if kind == "members" and not rest:
@@ -172,6 +191,10 @@ def parse(name: str, members: int, config: EnsembleConfig, batch_size: int = 1) 
         return [Variant(name, config=config)]
     if kind == "drafter" and rest:
         return [Variant(name, config=config, drafter=rest)]
+    if kind == "loop" and not rest:
+        if batch_size > 1 or temperature == 0 or not config.is_mixture:
+            return "it samples mixtures of probabilities, at temperatures > 0 and one prompt at a time"
+        return [Variant(name, loop=config.for_members(members).weights)]
     if kind not in TAKE_LENGTHS or (not rest and kind != "no-alternate"):
         raise ValueError(f"{name!r} is nothing to compare. There are: {' '.join(NAMES.split())}.")
 
@@ -180,19 +203,26 @@ def parse(name: str, members: int, config: EnsembleConfig, batch_size: int = 1) 
     if kind in ("fixed", "no-alternate"):
         made = replace(config, alternate=kind == "fixed", **given)
         made.for_members(members)  # raises if there is not one length for each member
-        return [Variant(name, config=made)]
+        return [Variant(name, config=made, drafter=NONE)]
     if len(lengths) > 1:
         raise ValueError(f"{name!r}: transformers' assisted generation takes one proposal length.")
+    return _assisted(name, kind, lengths[0], members, config, batch_size)
+
+
+def _assisted(
+    name: str, kind: str, length: int, members: int, config: EnsembleConfig, batch_size: int
+) -> list[Variant] | str:
+    """As `parse`, for transformers' own."""
     if batch_size > 1:
         return "transformers decodes only one prompt at a time in assisted generation"
     if kind == "assisted":
-        return [Variant(name, assisted=lengths[0])]
+        return [Variant(name, assisted=length)]
     if config.method != "weighted" or members != 2:
         return "`assistant_ensemble_weight` is a weighted mixture of two members"
     weight = (config.weights or [0.5])[0]
     if not 0 < weight < 1:
         return f"`assistant_ensemble_weight` must be between 0 and 1, but the main model's weight is {weight:g}"
-    return [Variant(name, assisted=lengths[0], weight=weight)]
+    return [Variant(name, assisted=length, weight=weight)]
 
 
 def _lengths(name: str, text: str) -> list[int]:

@@ -392,7 +392,7 @@ def test_ratios_are_of_pairs_and_medians_of_repeats(tmp_path):
 def test_a_run_writes_records_table_and_plots(tmp_path, capsys):
     names = "members no-alternate fixed:2 fixed:3,1 auto assisted:3 ensemble-weight:3"
     main(arguments(tmp_path, more=f"--compare {names} --temperatures 0 1 --seeds 0 1 --repeats 2", count=2))
-    header, *records = lines_of(tmp_path)
+    header, records = lines_of(tmp_path)[0], runs_of(tmp_path)
     assert header["environment"].keys() >= {"torch", "transformers", "hf_spec_ensemble", "device", "threads"}
     assert header["settings"]["dtype"] == "float32"
     assert len(records) == 9 * 2 * 2 * (1 + 2)  # variants, prompts, repeats, seeds of T = 0 and T = 1
@@ -401,7 +401,8 @@ def test_a_run_writes_records_table_and_plots(tmp_path, capsys):
     assert all(record["seconds"] > 0 and record["new_tokens"] == len(record["tokens"][0]) for record in records)
     assert first["member:0"]["forward_passes"] == [first["member:0"]["new_tokens"], 0]
     assert sum(first["assisted:3"]["forward_passes"]) > 0 and "verified" not in first["assisted:3"]
-    assert len(first["auto"]["verified"]) == 2 and first["auto"]["scores"][0] in (0, 1)
+    assert [len(first[name]["verified"]) for name in ("fixed:2", "auto")] == [2, 3], "the text drafts by default"
+    assert first["auto"]["scores"][0] in (0, 1)
     greedy = [record for record in records if record["temperature"] == 0 and record["group"] == 0]
     texts = {record["variant"]: record["tokens"] for record in greedy}
     assert texts["auto"] == texts["fixed:2"] == texts["no-alternate"] == texts["standard"]
@@ -523,10 +524,10 @@ def test_more_variants_may_be_added_but_no_other_settings(tmp_path, capsys):
 
 
 def test_divergence_is_found_and_measured(tmp_path, monkeypatch, capsys):
-    def another_ensemble(name, members, config, batch_size):
+    def another_ensemble(name, members, config, *more):
         if name == "auto":
             return [Variant("auto", config=replace(config, weights=[0.0, 1.0]))]
-        return parse(name, members, config, batch_size)
+        return parse(name, members, config, *more)
 
     monkeypatch.setattr(planning, "parse", another_ensemble)
     main(arguments(tmp_path, more="--compare auto fixed:1 --batch-sizes 3 --max-new-tokens 32"))

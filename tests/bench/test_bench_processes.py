@@ -34,6 +34,11 @@ def lines_in(part):
     return [json.loads(line) for line in part.read_text().splitlines()]
 
 
+def runs_in(part):
+    """And where their texts part; without what passes cost, which every process measures for itself."""
+    return [line for line in lines_in(part) if line["kind"] in ("run", "divergence")]
+
+
 def write(part, lines, more=""):
     part.write_text("".join(json.dumps(line) + "\n" for line in lines) + more)
 
@@ -92,7 +97,7 @@ def test_shares_make_a_whole_and_the_last_process_reports(tmp_path, run_as, monk
     assert table in said and "Measured by up to 2 processes at once" in table
 
     parts = {name: lines_in(out / name) for name in ("records.jsonl", "records.rank1.jsonl")}
-    shares = [[(line["group"], line["variant"]) for line in lines[1:]] for lines in parts.values()]
+    shares = [[(line["group"], line["variant"]) for line in runs_in(out / name)] for name in parts]
     variants = ("standard", "fixed:1", "auto")
     for rank, share in enumerate(shares):  # all variants of a prompt, each once
         assert sorted(share) == sorted((group, name) for group in (rank, rank + 2) for name in variants)
@@ -122,7 +127,7 @@ def test_what_lost_processes_left_is_made_by_the_same_command(tmp_path, run_as):
     for rank in (1, 2):  # the first of three never comes
         run_as(given, rank, 3)
     one, two = out / "records.rank1.jsonl", out / "records.rank2.jsonl"
-    cut = lines_in(one)[:2]
+    cut = lines_in(one)[:4]  # the header, what two models' passes cost, and a run
     write(one, cut, more='{"kind": "run", "task": "gs')  # it was killed on its second measurement
     changed = lines_in(two)
     own = next(line for line in changed if line.get("variant") == "auto")
@@ -131,7 +136,7 @@ def test_what_lost_processes_left_is_made_by_the_same_command(tmp_path, run_as):
 
     assert "| T | method" in run_as(given)
     assert one.read_text().startswith("".join(json.dumps(line) + "\n" for line in cut)) and lines_in(two) == changed
-    made = sorted((line["kind"], line["group"]) for line in lines_in(out / "records.jsonl")[1:])
+    made = sorted((line["kind"], line["group"]) for line in runs_in(out / "records.jsonl"))
     assert made == [("divergence", 2), ("run", 0), ("run", 0), ("run", 1)]
 
 
@@ -145,5 +150,5 @@ def test_a_launcher_starts_them(tmp_path):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out" / "table.md").is_file() and "Written: " in ran.stdout
-    parts = [lines_in(tmp_path / "out" / name)[1:] for name in ("records.jsonl", "records.rank1.jsonl")]
+    parts = [runs_in(tmp_path / "out" / name) for name in ("records.jsonl", "records.rank1.jsonl")]
     assert [[line["group"] for line in part] for part in parts] == [[0, 0], [1, 1]]

@@ -1,0 +1,97 @@
+"""From records to limits: the speed-up that the measured curves and the measured acceptance allow a variant."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import EnsembleConfig
+from ..members.costs import PassCosts
+from ..schedule.limit import limit
+from ..schedule.roles import Roles
+from .curves import curve_key
+from .plan import Condition
+from .records import Record, Records
+from .variants import Variant, is_speculative, parse
+
+
+WIDEST = 64  # tokens in a pass; what more would cost is not told apart
+
+
+def limit_of(records: Records, condition: Condition, variant: str, runs: Sequence[Record]) -> float | None:
+    """
+    The limit of a variant's speed-up over the standard ensemble: the best schedule's by `schedule.limit`, for the
+    acceptance in these runs and the curves in the records, where both ensembles read the prompt once and spend no time
+    outside their passes.
+
+    Args:
+        records (`Records`): With the curves.
+        condition (`Condition`), variant (`str`): Of the runs.
+        runs (`Sequence[Record]`): At least one.
+
+    Returns:
+        `float`, or `None` for what is no speculative ensemble, and where there are no curves.
+    """
+    if not is_speculative(variant) or not records.of_kind("curve"):
+        return None
+    settings = records.header["settings"]
+    members = [settings["members"][i % len(settings["members"])] for i in range(condition.members)]
+    own = _parsed(variant, condition, settings["config"])
+    readers = [*members, *([own.drafting_model] if own.drafting_model is not None else [])]
+    standard, speculative = _curves(records, condition, "", members), _curves(records, condition, own.prefix, readers)
+    if standard is None or speculative is None:
+        return None
+    prompt = statistics.mean(max(run["prompt_tokens"]) for run in runs)
+    steps = statistics.mean(max(map(len, run["tokens"])) for run in runs) - 1  # the prompt's passes give one token
+
+    def seconds(curves: Sequence[Record], per_token: float) -> float:
+        return sum(c["prompt_seconds"] * prompt / c["prompt_tokens"] for c in curves) + steps * per_token
+
+    each = seconds(standard, sum(curve["seconds"][0] for curve in standard))
+    return each / seconds(speculative, _seconds_per_token(own, condition, speculative, runs))
+
+
+def _parsed(name: str, condition: Condition, config: dict[str, Any]) -> Variant:
+    made = parse(name, condition.members, EnsembleConfig.from_dict(config), condition.batch_size, condition.temperature)
+    return made[0]
+
+
+def _curves(records: Records, condition: Condition, prefix: str, models: Sequence[str]) -> list[Record] | None:
+    keys = [curve_key(condition, prefix, model) for model in models]
+    return [records[key] for key in keys] if all(key in records for key in keys) else None
+
+
+def _seconds_per_token(variant: Variant, condition: Condition, curves: Sequence[Record], runs: Sequence[Record]):
+    """The best schedule's."""
+    verified, accepted, passes, taken = (
+        [sum(column) for column in zip(*(run[name] for run in runs))]
+        for name in ("verified", "accepted", "forward_passes", "member_seconds")
+    )
+    config = variant.config.for_members(condition.members)
+    has_drafter = len(verified) > condition.members
+    sizes = [curve["parameters"] for curve in curves[: condition.members]]
+    roles = Roles.of(config, sizes, has_drafter)
+    at_once = len(verified) - 1 if has_drafter and len(curves) == condition.members else None
+    tables = [_table(curve) for curve in curves]
+    if at_once is not None:
+        tables.append([taken[at_once] / max(passes[at_once], 1)] * (WIDEST + 1))
+    tables = [tables[i] for i in roles.order]
+    tried = [verified[i] for i in roles.order]
+    drawn_by_owner = condition.temperature > 0 and config.coupling == "ancestral"
+    best = limit(
+        acceptance=[accepted[i] / verified[i] if verified[i] else 0.0 for i in roles.order],
+        cost=lambda author, width: tables[author][min(width, WIDEST)],
+        members=roles.members,
+        may_propose=[may and bool(count) for may, count in zip(roles.may_propose(config), tried)],
+        at_once=at_once,
+        drafted=1.0 if at_once is None else min(verified[at_once] / sum(run["new_tokens"] for run in runs), 1.0),
+        weights=roles.config(config).weights if drawn_by_owner else None,
+    )
+    return best.seconds_per_token
+
+
+def _table(curve: Record) -> list[float]:
+    """c(w) by w; padded where that is cheaper, as the package does."""
+    costs = PassCosts()
+    for width, seconds in zip(curve["widths"], curve["seconds"]):
+        costs.add(1, width, seconds)
+    return [costs.seconds(1, max(width, 1)) for width in range(WIDEST + 1)]
