@@ -1,5 +1,6 @@
 """What `generate()` returns: the text so far, token by token in step over the rows, and the statistics of the call."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,14 +110,17 @@ class Transcript:
         call (`Call`): Of which it takes the prompt, the stopping criteria, the streamer, and what is to be returned.
 
         final_scores (`FinalScores`, *optional*): Where scores and logits come from, at the end; else from `add`.
+        tell (`Callable[[int], None]`, *optional*): Called with the position of every column, among the new tokens,
+            before the streamer is given it.
 
     State: all of it, written here alone.
     """
 
-    def __init__(self, call: Call, final_scores: FinalScores | None = None):
+    def __init__(self, call: Call, final_scores: FinalScores | None = None, tell: Callable[[int], None] | None = None):
         self.sequences = prompt = call.input_ids.long()
         self.prompt_length = prompt.shape[1]
         self.stopping_criteria, self.streamer, self.ranks = call.stopping_criteria, call.streamer, call.ranks
+        self.tell = tell
         self.unfinished = np.ones(len(prompt), bool)  # [B]
         pads = pads_finished_rows(call.stopping_criteria)
         self.pad = call.generation_config._pad_token_tensor if pads else None
@@ -163,6 +167,8 @@ class Transcript:
             self.sequences = torch.cat([self.sequences, tokens[:, None]], dim=1)
             done = self.ranks.agree(self.stopping_criteria(self.sequences, self.scores))
             self.unfinished = self.unfinished & ~done.cpu().numpy()
+            if self.tell is not None:
+                self.tell(column - self.prompt_length)
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())
 

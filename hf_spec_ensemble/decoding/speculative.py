@@ -1,6 +1,7 @@
 """The speculative ensemble: prepare, loop, report."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from ..schedule.mixture import AutoMixture, predict_mixture
 from ..schedule.roles import Roles
 from ..schedule.theory import predict
 from ..schedule.turns import Schedule, Turns
+from ..trace import Mark
 from ..trace.recorder import NoRecord, Recorder
 from .authors import Author, Context, GeneratorAuthor, ModelAuthor
 from .call import Call
@@ -47,7 +49,7 @@ def speculative(call: Call):
     )
     candidates_of = _prepare(call, roles)
     final_scores = candidates_of.context.final_scores
-    transcript = Transcript(call, final_scores)
+    transcript = Transcript(call, final_scores, _teller(call, roles, candidates_of.text))
     start = time.perf_counter()
     _decode(candidates_of, transcript)
     if final_scores is not None:
@@ -56,6 +58,24 @@ def speculative(call: Call):
         candidates_of.take_times()
         transcript.take(final_scores)
     return _report(call, roles, candidates_of, transcript, time.perf_counter() - start)
+
+
+def _teller(call: Call, roles: Roles, text: Text) -> Callable[[int], None] | None:
+    """What tells the streamer how the tokens at a position came about, if it has a method for that."""
+    if not hasattr(call.streamer, "put_marks"):
+        return None
+    names = _names(call)
+
+    def mark(fates: list[tuple[int | None, bool]], position: int) -> Mark | None:
+        if position >= len(fates):
+            return None
+        author, kept = fates[position]
+        if author is None:
+            return Mark("drawn")
+        number = roles.order[author]
+        return Mark("accepted" if kept else "corrected", number, names[number])
+
+    return lambda position: call.streamer.put_marks([mark(fates, position) for fates in text.fates])
 
 
 def _decode(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> None:
@@ -225,12 +245,16 @@ def _trace(
 ):
     candidates_of.take_times(wait=True)
     rule = call.config.coupling if call.generation_config.do_sample else "greedy"
+    recorder = candidates_of.context.recorder
+    return recorder.trace(_names(call), roles.order, roles.members, transcript.lengths, seconds, rule, owners)
+
+
+def _names(call: Call) -> list[str]:
+    """Of the authors, in the caller's order."""
     drafter: list[PreTrainedModel | str | CandidateGenerator] = [call.drafter] * (
         call.drafter is not None and not is_model(call.drafter)
     )
-    names = names_of([*call.models, *drafter], call.prompts)
-    recorder = candidates_of.context.recorder
-    return recorder.trace(names, roles.order, roles.members, transcript.lengths, seconds, rule, owners)
+    return names_of([*call.models, *drafter], call.prompts)
 
 
 def _owners(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> np.ndarray | None:

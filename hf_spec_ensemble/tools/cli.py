@@ -30,6 +30,7 @@ from ..hub import Ensemble, MemberReference, load_ensemble, save_ensemble
 from ..hub.folders import FILES
 from ..hub.references import read_ensemble
 from ..members.adapters import is_model
+from ..trace import TraceStreamer
 from ..trace.html import page_of
 from .arguments import add_config_arguments, check_device, config_of, encode, locate
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0, help="of samples")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     out = generate.add_argument_group("output: the text as it comes, or for several prompts JSON lines")
+    out.add_argument("--show", action="store_true", help="colour the text, as it comes, by the member that proposed it")
     out.add_argument("--stats", action="store_true", help="print what it took, too")
     out.add_argument("--trace", type=Path, metavar="FILE", help="write who proposed what, as an HTML page")
 
@@ -107,8 +109,9 @@ def _generate(args: argparse.Namespace) -> None:
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty: say what to ask.")
     check_device(args.device)
-    if args.trace and len(prompts) > 1:
-        raise ValueError(f"--trace shows one text, but there are {len(prompts)} prompts.")
+    for option in ("trace", "show"):
+        if getattr(args, option) and len(prompts) > 1:
+            raise ValueError(f"--{option} shows one text, but there are {len(prompts)} prompts.")
     ensemble = _ensemble(args)
     if args.trace:
         ensemble.config.trace = True
@@ -116,7 +119,7 @@ def _generate(args: argparse.Namespace) -> None:
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if sampling and not args.do_sample:
         raise ValueError(f"--{next(iter(sampling)).replace('_', '-')} needs --do-sample.")
-    alone = len(prompts) == 1
+    alone, streamer = len(prompts) == 1, TraceStreamer if args.show else TextStreamer
     for prompt in tqdm(prompts, disable=alone, unit="prompt"):
         inputs = encode(ensemble.tokenizer, prompt).to(ensemble.model.device)
         set_seed(args.seed)
@@ -127,7 +130,7 @@ def _generate(args: argparse.Namespace) -> None:
             **sampling,
             return_dict_in_generate=True,
             tokenizer=ensemble.tokenizer,
-            streamer=TextStreamer(ensemble.tokenizer, skip_prompt=True, skip_special_tokens=True) if alone else None,
+            streamer=streamer(ensemble.tokenizer, skip_prompt=True, skip_special_tokens=True) if alone else None,
         )
         if not alone:
             text = ensemble.tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -33,6 +33,12 @@ def test_it_prints_the_text_of_the_ensemble(capsys, tmp_path):
     assert page.read_text().startswith("<!doctype html>") and "proposed by solver" in page.read_text()
 
 
+def test_the_text_is_shown_in_colours_in_a_terminal(capsys):
+    """Here it is no terminal: `tests/trace/test_stream.py` looks at colours."""
+    cli.main(["generate", QUESTION, *MEMBERS, "--show"])
+    assert capsys.readouterr().out.strip() == text_of(QUESTION).strip()
+
+
 def test_several_prompts_give_json_lines(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n\nAnn has 2 pens.\n"))
     cli.main(["generate", "--prompts", "-", *MEMBERS, "--drafter", "prompt_lookup"])
@@ -63,7 +69,8 @@ def test_a_card_is_written_with_its_folder_and_anew(capsys, tmp_path):
         (["generate", "Hello"], "say which ensemble"),
         (["generate", "Hello", *MEMBERS, "--temperature", "0.5"], "--temperature needs --do-sample"),
         (["generate", "Hello", *MEMBERS, "--weights", "1", "2", "3"], "one entry for each member"),
-        (["generate", "a", "b", *MEMBERS, "--trace", "x.html"], "there are 2 prompts"),
+        (["generate", "a", "b", *MEMBERS, "--trace", "x.html"], "--trace shows one text, but there are 2 prompts"),
+        (["generate", "a", "b", *MEMBERS, "--show"], "--show shows one text, but there are 2 prompts"),
         (["generate", "Hello", "--members", "reader", "./nowhere"], "a folder or the id of a repository"),
     ],
 )
