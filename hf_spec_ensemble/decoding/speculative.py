@@ -5,13 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
-from transformers.generation import CandidateGenerator
 
 from ..compat import OUTPUT_CACHE, given_cache
 from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.processing import PositionwiseProcessor
-from ..members.adapters import is_model
 from ..members.cache import can_roll_back, decoder_layers, without_fresh_static_cache
 from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
@@ -32,9 +29,9 @@ from .authors import Author, Context, GeneratorAuthor, ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drafter import PROMPT_LOOKUP, drafter_for
-from .drawing import Ancestral, drawing_rule
+from .drawing import Ancestral, drawing_rule, owned
 from .final_scores import FinalScores
-from .names import kept_name, names_of, titles_of
+from .names import kept_name, titles_of
 from .output import EnsembleStats, Transcript, output_class
 from .settling import All, Enough, Owner, settling_rule
 from .suffixes import Suffixes
@@ -64,7 +61,7 @@ def _teller(call: Call, roles: Roles, text: Text) -> Callable[[int], None] | Non
     """What tells the streamer how the tokens at a position came about, if it has a method for that."""
     if not hasattr(call.streamer, "put_marks"):
         return None
-    names = _names(call)
+    names = call.names
 
     def mark(fates: list[tuple[int | None, bool]], position: int) -> Mark | None:
         if position >= len(fates):
@@ -222,8 +219,10 @@ def _report(
         accepted=of_authors("accepted"),
         member_seconds=of_authors("seconds"),
         seconds=seconds,
-        owned=_owned(roles, owners, transcript),
+        owned=[] if owners is None else roles.in_callers_order(owned(owners, transcript.lengths, len(authors))),
         predicted_speedup=_predicted_speedup(candidates_of, transcript),
+        row_tokens=transcript.lengths.tolist(),
+        authors=call.names,
     )
     return output_class(call.model)(
         sequences=transcript.sequences,
@@ -246,15 +245,7 @@ def _trace(
     candidates_of.take_times(wait=True)
     rule = call.config.coupling if call.generation_config.do_sample else "greedy"
     recorder = candidates_of.context.recorder
-    return recorder.trace(_names(call), roles.order, roles.members, transcript.lengths, seconds, rule, owners)
-
-
-def _names(call: Call) -> list[str]:
-    """Of the authors, in the caller's order."""
-    drafter: list[PreTrainedModel | str | CandidateGenerator] = [call.drafter] * (
-        call.drafter is not None and not is_model(call.drafter)
-    )
-    return names_of([*call.models, *drafter], call.prompts)
+    return recorder.trace(call.names, roles.order, roles.members, transcript.lengths, seconds, rule, owners)
 
 
 def _owners(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> np.ndarray | None:
@@ -263,14 +254,6 @@ def _owners(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -
     if not isinstance(drawing, Ancestral):
         return None
     return drawing.owners(np.arange(transcript.new_tokens)[None].repeat(batch, axis=0))
-
-
-def _owned(roles: Roles, owners: np.ndarray | None, transcript: Transcript) -> list[int]:
-    """How many tokens of the texts each author owns."""
-    if owners is None:
-        return []
-    real = np.arange(transcript.new_tokens) < transcript.lengths[:, None]
-    return roles.in_callers_order(np.bincount(owners[real], minlength=len(roles.order)).tolist())
 
 
 def _predicted_speedup(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> float | None:

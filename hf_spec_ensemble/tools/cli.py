@@ -137,12 +137,7 @@ def _generate(args: argparse.Namespace) -> None:
             stats = {"passes_per_token": out.stats.passes_per_token, "seconds": out.stats.seconds} if args.stats else {}
             tqdm.write(json.dumps({"prompt": prompt, "text": text, **stats}, ensure_ascii=False))
         elif args.stats:
-            shares = ", ".join("-" if share is None else f"{share:.0%}" for share in out.stats.acceptance)
-            print(
-                f"\n{out.stats.new_tokens} tokens in {out.stats.seconds:.2f} s; forward passes "
-                f"{out.stats.forward_passes}, {out.stats.passes_per_token:.2f} a token; acceptance {shares}",
-                file=sys.stderr,
-            )
+            print(f"\n{out.stats}", file=sys.stderr)
         if args.trace:
             args.trace.write_text(page_of(out.trace, title=prompt), encoding="utf-8")
 

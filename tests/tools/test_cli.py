@@ -29,7 +29,7 @@ def test_it_prints_the_text_of_the_ensemble(capsys, tmp_path):
     cli.main(["generate", QUESTION, *MEMBERS, "--weights", "0.3", "0.7", "--stats", "--trace", str(page)])
     out, err = capsys.readouterr()
     assert out.strip() == text_of(QUESTION, weights=[0.3, 0.7]).strip()
-    assert "24 tokens" in err and "acceptance" in err
+    assert "24 tokens" in err and "reader: " in err and "accepted" in err
     assert page.read_text().startswith("<!doctype html>") and "proposed by solver" in page.read_text()
 
 
