@@ -99,7 +99,7 @@ class EnsembleStats:
                 share = f"{self.accepted[i] / self.verified[i]:.0%}".replace("%", " %")
                 line += f", accepted {self.accepted[i]} of {self.verified[i]} proposals ({share})"
             lines.append(line + (f", {self.owned[i]} tokens drawn from it" if self.owned else ""))
-        if self.predicted_speedup is not None:
+        if self.predicted_speedup is not None and any(self.verified):  # else nothing to expect it from
             lines.append(
                 f"Expected: {self.predicted_speedup:.2f} times as fast as the standard ensemble, in passes, from "
                 "this acceptance and the measured costs"

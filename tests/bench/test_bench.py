@@ -405,7 +405,7 @@ def test_a_run_writes_records_table_and_plots(tmp_path, capsys):
     assert all(record["seconds"] > 0 and record["new_tokens"] == len(record["tokens"][0]) for record in records)
     assert first["member:0"]["forward_passes"] == [first["member:0"]["new_tokens"], 0]
     assert sum(first["assisted:3"]["forward_passes"]) > 0 and "verified" not in first["assisted:3"]
-    assert len(first["auto"]["verified"]) == 2 and first["auto"]["scores"][0] in (0, 1)
+    assert len(first["auto"]["verified"]) == 3 and first["auto"]["scores"][0] in (0, 1)
     greedy = [record for record in records if record["temperature"] == 0 and record["group"] == 0]
     texts = {record["variant"]: record["tokens"] for record in greedy}
     assert texts["auto"] == texts["fixed:2"] == texts["no-alternate"] == texts["standard"]
