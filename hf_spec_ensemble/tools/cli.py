@@ -92,6 +92,9 @@ def _card(args: argparse.Namespace) -> None:
         raise ValueError(f"{file} does not exist: say which ensemble it is, with --members and the options below it.")
     save_ensemble(args.folder, members, config, drafter, args.repo_id, args.speedup, args.license)
     print(f"Written: {', '.join(str(args.folder / name) for name in FILES)}")
+    local = [each.short_name for each in members if each.is_local]
+    if local:
+        print(f"Not ready for the Hub: {', '.join(local)} are folders of this machine. Push them, and name them.")
 
 
 def _sources(args: argparse.Namespace) -> tuple[list[MemberReference], EnsembleConfig, MemberReference | str | None]:
