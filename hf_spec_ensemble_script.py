@@ -1,40 +1,35 @@
 """
-The console script `hf-spec-ensemble`: says at once which folder is not there, then runs `hf_spec_ensemble.cli`.
+The console script `hf-spec-ensemble`: parses its words before anything that takes seconds is imported, then runs
+`hf_spec_ensemble.tools.cli`.
 
-Apart from the package, since importing anything of that takes the seconds of importing torch and transformers.
+Apart from the package, since importing anything of that imports torch and transformers.
 """
 
-import argparse
-import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 
-def folders(words: list[str]) -> Iterator[str]:
-    """The models and ensembles in a command line that can only be folders: no repository's name begins so."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in ("--members", "--model_args", "-a"):
-        parser.add_argument(option, nargs="*", default=[])
-    for option in ("--ensemble", "--drafter"):
-        parser.add_argument(option)
-    given, _ = parser.parse_known_args(words)
-    named = [*given.members, given.ensemble, given.drafter]
-    for entry in re.split(r"[,\s]", " ".join([*given.model_args, *given.a])):
-        key, _, value = entry.partition("=")
-        named += value.split("+") if key in ("members", "ensemble", "drafter") else []
-    return (name for name in named if name and name.startswith((".", "/", "~")))
+PACKAGE = "hf_spec_ensemble"
+
+
+def parse(words: list[str]) -> None:
+    """Runs `hf_spec_ensemble.tools.options.parse` without the package's own `__init__`."""
+    bare = ModuleType(PACKAGE)
+    bare.__path__ = find_spec(PACKAGE).submodule_search_locations
+    sys.modules[PACKAGE] = bare
+    try:
+        import_module(f"{PACKAGE}.tools.options").parse(words)
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
+            del sys.modules[name]
 
 
 def main() -> None:
     words = sys.argv[1:]
-    try:
-        missing = next((name for name in folders(words) if not Path(name).is_dir()), None)
-    except (argparse.ArgumentError, OSError):  # the command itself says what is wrong
-        missing = None
-    if missing is not None:
-        print(f"hf-spec-ensemble {words[0]}: no such folder: {missing!r}", file=sys.stderr)
-        sys.exit(2)
+    if PACKAGE not in sys.modules:
+        parse(words)
 
     from hf_spec_ensemble.tools.cli import main as command
 

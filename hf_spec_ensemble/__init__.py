@@ -20,7 +20,7 @@ from .integration import disable, enable
 from .members.adapters import with_adapter
 from .members.prompts import with_prompt
 from .members.warmup import warmup
-from .trace import Trace
+from .trace import Trace, TraceStreamer
 from .version import __version__ as __version__
 
 
@@ -36,6 +36,7 @@ __all__ = [
     "MemberReference",
     "Suffixes",
     "Trace",
+    "TraceStreamer",
     "disable",
     "enable",
     "ensemble_card",

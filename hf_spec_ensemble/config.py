@@ -13,17 +13,12 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
+from .choices import AUTO, COMBINE_ON, COUPLINGS, DEFAULT_COMBINE_ON, METHODS
 from .files import naming, parse_object
 
 
 CONFIG_NAME = "ensemble_config.json"
 NOT_OURS = ("members", "drafter")  # that `hub.save_ensemble` writes to the same file
-
-AUTO = "auto"
-COMBINE_ON = ("probs", "logits", "raw_logits")
-COUPLINGS = (AUTO, "ancestral", "gumbel", "maximal")
-DEFAULT_COMBINE_ON = {"weighted": "probs", "product": "raw_logits", "contrastive": "raw_logits"}
-METHODS = tuple(DEFAULT_COMBINE_ON)
 
 
 def _is_number(value: Any) -> bool:

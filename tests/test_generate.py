@@ -107,6 +107,9 @@ def test_statistics(pair, batch):
         assert stats.forward_passes == counted
         after_end = (out.sequences[:, 7:] == EOS).cumsum(1)[:, :-1] > 0
         assert stats.new_tokens == out.sequences[:, 7:].numel() - int(after_end.sum())
+        assert stats.row_tokens == [out.sequences.shape[1] - 7 - int(ended) for ended in after_end.sum(1)]
+        assert stats.passes_per_token_of_a_row == sum(counted) / max(stats.row_tokens)
+        assert stats.authors == ["LlamaForCausalLM (0)", "LlamaForCausalLM (1)"]
         assert stats.passes_per_token == sum(counted) / stats.new_tokens
         assert 0 < sum(stats.member_seconds) <= stats.seconds
         assert all(p >= v >= a >= 0 for p, v, a in zip(stats.proposed, stats.verified, stats.accepted))

@@ -23,7 +23,7 @@ FLOORS = (
     ("members",),
     ("ensemble",),
     ("trace",),
-    ("config", "compat", "files", "notices", "version"),
+    ("config", "compat", "choices", "files", "notices", "version"),
 )
 
 # (importer, imported): what runs up a floor all the same, and why

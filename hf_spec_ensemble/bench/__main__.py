@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..tools.arguments import add_config_arguments, config_of
+from ..tools.arguments import config_of
+from ..tools.options import add_config_arguments
 from .dtypes import dtype_note, settle_dtype
 from .measure import Bench, environment
 from .plan import CURVES, Plan, Settings
@@ -58,8 +59,10 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--compare", nargs="+", metavar="NAME", help=f"what is compared: {NAMES}")
     what.add_argument("--temperatures", type=float, nargs="+", default=default.temperatures, help="0 is greedy")
-    what.add_argument("--batch-sizes", type=int, nargs="+", default=default.batch_sizes)
-    what.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
+    what.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=default.batch_sizes, help="prompts decoded together"
+    )
+    what.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="of the longest text")
     what.add_argument("--num-prompts", type=int, default=default.num_prompts, help="of each task")
     what.add_argument("--repeats", type=int, default=default.repeats, help="measurements of the same text")
     what.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="of sampled texts")
@@ -78,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         help="as torch names it, or auto: the one of float32 and bfloat16 in which the standard ensemble is faster "
         "(default: %(default)s)",
     )  # fmt: skip
-    where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as torch names it")
     where.add_argument("--threads", type=int, help="of torch on the processor")
     where.add_argument(
         "--freeze", action="store_true",

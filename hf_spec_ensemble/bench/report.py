@@ -59,6 +59,7 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
         "Passes per token, acceptance: by member, a drafter's last. Overhead: the share of time outside forward passes "
         "(not told apart for standard ensembles). Text: whether it is the standard ensemble's; where it is not, the "
         "gap is the lead, in log-probability, of its most probable token at the first difference.",
+        *_below_prediction(summaries, records),
     ]
     if any(summary.limit is not None for summary in summaries):
         lines += ["", LIMIT]
@@ -151,6 +152,28 @@ def _curves(records: Records) -> list[Record]:
 def _title(condition: Condition) -> str:
     values = {TITLES[name]: getattr(condition, name) for name in CONDITION[1:]}
     return ", ".join([condition.task, *(f"{name} {_shown(x)}" for name, x in values.items() if x is not None)])
+
+
+def _below_prediction(summaries: Sequence[Summary], records: Records) -> list[str]:
+    """What is compared where less was measured than predicted."""
+    below = [s for s in summaries if s.predicted is not None and round(s.speedup.median, 2) < round(s.predicted, 2)]
+    if not below:
+        return []
+    lines = [
+        "",
+        "A predicted speed-up is of the time inside forward passes of one row, at the acceptance of that run and the "
+        "costs that the passes had in this process so far. A measured one is of whole calls: it has the overhead, "
+        "waits for the slowest row of a batch, and compares with the standard ensemble's passes as they ran beside it. "
+        "Less than predicted was measured for:",
+        "",
+    ]
+    for s in below:
+        name = label(s.variant, members_of(records, s.condition))
+        share = "" if s.overhead is None else f", with {_percent(s.overhead)} of its time outside forward passes"
+        lines.append(
+            f"- {name}, {_title(s.condition)}: {s.speedup.median:.2f} measured, {s.predicted:.2f} predicted{share}"
+        )
+    return lines
 
 
 def _marks(kinds) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ..members.placement import Placed, device_of
 from ..members.prompts import Prompt
 from ..members.ranks import Ranks
 from ..members.runner import Running
+from .names import names_of
 
 
 @dataclass
@@ -55,6 +56,12 @@ class Call:
     def models(self) -> list[PreTrainedModel]:
         """`[model, *assistants]`, and the drafter if that is a model."""
         return [self.model, *self.assistants, *([self.drafter] if is_model(self.drafter) else [])]
+
+    @property
+    def names(self) -> list[str]:
+        """Of `models`, and of a drafter that is none; each different."""
+        drafting = self.drafter is not None and not is_model(self.drafter)
+        return names_of([*self.models, *([self.drafter] if drafting else [])], self.prompts)
 
     @property
     def cache(self):

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
 
+from ..choices import PROMPT_LOOKUP
 from ..config import AUTO, EnsembleConfig
 from ..members.member import Member
 from ..members.stopwatch import Stopwatch
 from .suffixes import Suffixes
 
 
-PROMPT_LOOKUP = "prompt_lookup"
 NAMED = (AUTO, PROMPT_LOOKUP)  # drafters that are asked for by a word
 LOOKUP_TOKENS = 16  # that a lookup copies at most
 LOOKUP_NGRAM = 3  # that must match, or a shorter one if none does

@@ -108,6 +108,18 @@ class Ancestral(Gumbel):
         return mixture_owners(self.seed, rows, position, self.weights)
 
 
+def owned(owners: np.ndarray, lengths: np.ndarray, members: int) -> list[int]:
+    """
+    How many tokens of the texts each member owns.
+
+    Args:
+        owners (`np.ndarray` `[B, T]`): Of the rows' new tokens.
+        lengths (`np.ndarray` `[B]`): Of the rows' texts.
+        members (`int`): N.
+    """
+    return np.bincount(owners[np.arange(owners.shape[1]) < lengths[:, None]], minlength=members).tolist()
+
+
 class Maximal:
     """x ~ q is kept with probability min(1, r(x) / q(x)), else replaced from the residual."""
 

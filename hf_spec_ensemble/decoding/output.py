@@ -1,5 +1,6 @@
 """What `generate()` returns: the text so far, token by token in step over the rows, and the statistics of the call."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,19 +28,27 @@ class EnsembleStats:
         seconds (`float`): From the first forward pass to the last token.
         member_seconds (`list[float]`): Inside the forward passes. For the standard ensemble the main model's entry also
             holds the rest of transformers' own loop.
-        owned (`list[int]`): Tokens that were drawn from each member, where a speculative ensemble draws with
-            `"ancestral"` coupling; else empty.
+        owned (`list[int]`): Tokens that were drawn from each member, with `"ancestral"` coupling; else empty.
         predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, those over the prompt
             included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
             proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch
             takes as long as its slowest row, which is not foreseen.
+        row_tokens (`list[int]`): Tokens generated, by row.
+        authors (`list[str]`): What members and drafter are called.
 
-    Example:
+    Printed, it is a short report. Example: two rows, which share their passes.
 
     >>> from hf_spec_ensemble import EnsembleStats
 
-    >>> EnsembleStats(new_tokens=10, forward_passes=[6, 7], verified=[4, 5], accepted=[4, 3]).acceptance
-    [1.0, 0.6]
+    >>> stats = EnsembleStats(
+    ...     10, forward_passes=[4, 5], verified=[4, 5], accepted=[4, 3], row_tokens=[6, 4], authors=["base", "math"]
+    ... )
+    >>> stats.acceptance, stats.passes_per_token, stats.passes_per_token_of_a_row
+    ([1.0, 0.6], 0.9, 1.5)
+    >>> print(stats)
+    10 tokens in 2 rows, 0.00 s: 9 forward passes, 1.50 per token of a row, 0.90 per token of the batch
+    base: 4 passes, accepted 4 of 4 proposals (100 %)
+    math: 5 passes, accepted 3 of 5 proposals (60 %)
     """
 
     new_tokens: int = 0
@@ -51,6 +60,8 @@ class EnsembleStats:
     member_seconds: list[float] = field(default_factory=list)
     owned: list[int] = field(default_factory=list)
     predicted_speedup: float | None = None
+    row_tokens: list[int] = field(default_factory=list)
+    authors: list[str] = field(default_factory=list)
 
     @property
     def acceptance(self) -> list[float | None]:
@@ -59,8 +70,41 @@ class EnsembleStats:
 
     @property
     def passes_per_token(self) -> float | None:
-        """Forward passes, all members', per generated token; `None` if there is none."""
+        """
+        Forward passes, all members', for each token of the batch; `None` if there is none. Rows share passes: the
+        standard ensemble of N members takes about N / B.
+        """
         return sum(self.forward_passes) / self.new_tokens if self.new_tokens else None
+
+    @property
+    def passes_per_token_of_a_row(self) -> float | None:
+        """
+        Forward passes, all members', for each token of the longest row; `None` if there is none. The standard ensemble
+        of N members takes N, whatever the batch.
+        """
+        longest = max(self.row_tokens, default=0)
+        return sum(self.forward_passes) / longest if longest else None
+
+    def __str__(self) -> str:
+        rows = f" in {len(self.row_tokens)} rows" if len(self.row_tokens) > 1 else ""
+        said = f"{self.new_tokens} tokens{rows}, {self.seconds:.2f} s: {sum(self.forward_passes)} forward passes"
+        if rows and self.new_tokens:
+            said += f", {self.passes_per_token_of_a_row:.2f} per token of a row"
+        if self.new_tokens:
+            said += f", {self.passes_per_token:.2f} per token{' of the batch' if rows else ''}"
+        lines = [said]
+        for i, passes in enumerate(self.forward_passes):
+            line = f"{self.authors[i] if self.authors else f'author {i}'}: {passes} passes"
+            if self.verified[i:] and self.verified[i]:
+                share = f"{self.accepted[i] / self.verified[i]:.0%}".replace("%", " %")
+                line += f", accepted {self.accepted[i]} of {self.verified[i]} proposals ({share})"
+            lines.append(line + (f", {self.owned[i]} tokens drawn from it" if self.owned else ""))
+        if self.predicted_speedup is not None and any(self.verified):  # else nothing to expect it from
+            lines.append(
+                f"Expected: {self.predicted_speedup:.2f} times as fast as the standard ensemble, in passes, from "
+                "this acceptance and the measured costs"
+            )
+        return "\n".join(lines)
 
 
 @dataclass
@@ -109,14 +153,17 @@ class Transcript:
         call (`Call`): Of which it takes the prompt, the stopping criteria, the streamer, and what is to be returned.
 
         final_scores (`FinalScores`, *optional*): Where scores and logits come from, at the end; else from `add`.
+        tell (`Callable[[int], None]`, *optional*): Called with the position of every column, among the new tokens,
+            before the streamer is given it.
 
     State: all of it, written here alone.
     """
 
-    def __init__(self, call: Call, final_scores: FinalScores | None = None):
+    def __init__(self, call: Call, final_scores: FinalScores | None = None, tell: Callable[[int], None] | None = None):
         self.sequences = prompt = call.input_ids.long()
         self.prompt_length = prompt.shape[1]
         self.stopping_criteria, self.streamer, self.ranks = call.stopping_criteria, call.streamer, call.ranks
+        self.tell = tell
         self.unfinished = np.ones(len(prompt), bool)  # [B]
         pads = pads_finished_rows(call.stopping_criteria)
         self.pad = call.generation_config._pad_token_tensor if pads else None
@@ -163,6 +210,8 @@ class Transcript:
             self.sequences = torch.cat([self.sequences, tokens[:, None]], dim=1)
             done = self.ranks.agree(self.stopping_criteria(self.sequences, self.scores))
             self.unfinished = self.unfinished & ~done.cpu().numpy()
+            if self.tell is not None:
+                self.tell(column - self.prompt_length)
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())
 

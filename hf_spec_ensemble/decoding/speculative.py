@@ -1,17 +1,15 @@
 """The speculative ensemble: prepare, loop, report."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
-from transformers.generation import CandidateGenerator
 
 from ..compat import OUTPUT_CACHE, given_cache
 from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.processing import PositionwiseProcessor
-from ..members.adapters import is_model
 from ..members.cache import can_roll_back, decoder_layers, without_fresh_static_cache
 from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
@@ -25,15 +23,16 @@ from ..schedule.led import led
 from ..schedule.mixture import AutoMixture
 from ..schedule.roles import Roles
 from ..schedule.turns import Schedule, Turns
+from ..trace import Mark
 from ..trace.recorder import NoRecord, Recorder
 from .authors import Author, Context, GeneratorAuthor, ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drafter import PROMPT_LOOKUP, drafter_for
-from .drawing import Ancestral, drawing_rule
+from .drawing import Ancestral, drawing_rule, owned
 from .expected import expected_speedup
 from .final_scores import FinalScores
-from .names import kept_name, names_of, titles_of
+from .names import kept_name, titles_of
 from .output import EnsembleStats, Transcript, output_class
 from .settling import All, Enough, Owner, settling_rule
 from .suffixes import Suffixes
@@ -48,7 +47,7 @@ def speculative(call: Call):
     )
     candidates_of = _prepare(call, roles)
     final_scores = candidates_of.context.final_scores
-    transcript = Transcript(call, final_scores)
+    transcript = Transcript(call, final_scores, _teller(call, roles, candidates_of.text))
     start = time.perf_counter()
     _decode(candidates_of, transcript)
     if final_scores is not None:
@@ -57,6 +56,24 @@ def speculative(call: Call):
         candidates_of.take_times()
         transcript.take(final_scores)
     return _report(call, roles, candidates_of, transcript, time.perf_counter() - start)
+
+
+def _teller(call: Call, roles: Roles, text: Text) -> Callable[[int], None] | None:
+    """What tells the streamer how the tokens at a position came about, if it has a method for that."""
+    if not hasattr(call.streamer, "put_marks"):
+        return None
+    names = call.names
+
+    def mark(fates: list[tuple[int | None, bool]], position: int) -> Mark | None:
+        if position >= len(fates):
+            return None
+        author, kept = fates[position]
+        if author is None:
+            return Mark("drawn")
+        number = roles.order[author]
+        return Mark("accepted" if kept else "corrected", number, names[number])
+
+    return lambda position: call.streamer.put_marks([mark(fates, position) for fates in text.fates])
 
 
 def _decode(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> None:
@@ -204,8 +221,10 @@ def _report(
         accepted=of_authors("accepted"),
         member_seconds=of_authors("seconds"),
         seconds=seconds,
-        owned=_owned(roles, owners, transcript),
+        owned=[] if owners is None else roles.in_callers_order(owned(owners, transcript.lengths, len(authors))),
         predicted_speedup=expected_speedup(candidates_of, transcript.lengths.tolist()),
+        row_tokens=transcript.lengths.tolist(),
+        authors=call.names,
     )
     return output_class(call.model)(
         sequences=transcript.sequences,
@@ -227,12 +246,8 @@ def _trace(
 ):
     candidates_of.take_times(wait=True)
     rule = call.config.coupling if call.generation_config.do_sample else "greedy"
-    drafter: list[PreTrainedModel | str | CandidateGenerator] = [call.drafter] * (
-        call.drafter is not None and not is_model(call.drafter)
-    )
-    names = names_of([*call.models, *drafter], call.prompts)
     recorder = candidates_of.context.recorder
-    return recorder.trace(names, roles.order, roles.members, transcript.lengths, seconds, rule, owners)
+    return recorder.trace(call.names, roles.order, roles.members, transcript.lengths, seconds, rule, owners)
 
 
 def _owners(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> np.ndarray | None:
@@ -241,11 +256,3 @@ def _owners(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -
     if not isinstance(drawing, Ancestral):
         return None
     return drawing.owners(np.arange(transcript.new_tokens)[None].repeat(batch, axis=0))
-
-
-def _owned(roles: Roles, owners: np.ndarray | None, transcript: Transcript) -> list[int]:
-    """How many tokens of the texts each author owns."""
-    if owners is None:
-        return []
-    real = np.arange(transcript.new_tokens) < transcript.lengths[:, None]
-    return roles.in_callers_order(np.bincount(owners[real], minlength=len(roles.order)).tolist())

@@ -27,7 +27,7 @@ from ..members.runner import Stepper
 from ..notices import warn_once
 from ..schedule.roles import Roles
 from .call import Call
-from .drawing import Ancestral, Gumbel, drawing_rule
+from .drawing import Ancestral, Gumbel, drawing_rule, owned
 from .logits_process import EnsembleLogitsProcessor
 from .names import titles_of
 from .output import EnsembleStats, output_class, pads_finished_rows
@@ -85,14 +85,14 @@ class _Criteria(StoppingCriteriaList):
         """Rows `[B]` that are lost, and those `[B]` whose tokens count."""
         raise NotImplementedError
 
-    def _step(self, input_ids: torch.Tensor) -> int:
-        """Notes one more step; raises if a row is lost. How many rows' tokens count: in one transfer with the rest."""
+    def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Notes one more step; raises if a row is lost. Says which rows' `[B]` tokens count."""
         self.steps += 1
         lost, wanted = self._lost(torch.ones_like(input_ids[:, 0], dtype=torch.bool))
-        count, any_lost, row = torch.stack([wanted.sum(), lost.sum(), lost.long().argmax()]).tolist()
+        any_lost, row = torch.stack([lost.sum(), lost.long().argmax()]).tolist()
         if any_lost:
             raise self.ensemble.fault(row, f"New token {self.steps} of {self.unit} {row}")
-        return count
+        return wanted
 
 
 class _TokenCriteria(_Criteria):
@@ -104,7 +104,7 @@ class _TokenCriteria(_Criteria):
     def __init__(self, criteria: StoppingCriteriaList, soundness: _Soundness, noise: _SharedNoise | None, ranks: Ranks):
         super().__init__(criteria, soundness.ensemble)
         self.soundness, self.noise, self.ranks = soundness, noise, ranks
-        self.new_tokens = 0
+        self.lengths: torch.Tensor | int = 0  # [B]: tokens of the texts so far
         self.unfinished: torch.Tensor | None = None  # [B]
 
     def _lost(self, wanted):
@@ -113,11 +113,11 @@ class _TokenCriteria(_Criteria):
         return self.ranks.agree(self.soundness.lost.to(wanted.device) & wanted), wanted
 
     def __call__(self, input_ids, scores, **kwargs):
-        count = self._step(input_ids)
+        wanted = self._step(input_ids)
         if scores is not None and self.noise is not None:
             scores = self.noise.log_probs
         done = self.ranks.agree(super().__call__(input_ids, scores, **kwargs))
-        self.new_tokens += count
+        self.lengths = self.lengths + wanted.long()
         self.unfinished = ~done if self.unfinished is None else self.unfinished & ~done
         return done
 
@@ -142,7 +142,8 @@ def standard(call: Call):
     if call.drafter is not None:
         warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
     beams = (call.generation_config.num_beams or 1) > 1
-    ensemble = _ensemble(call, beams)
+    places = _places(call)
+    ensemble = _ensemble(call, places, beams)
     ensemble.try_members(call.input_ids)
     start = time.perf_counter()
     if beams:
@@ -156,27 +157,35 @@ def standard(call: Call):
     if isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)):
         if noise is not None and output.scores is not None:
             output["scores"] = noise.log_probs
-        stats = _stats(ensemble, criteria.new_tokens, time.perf_counter() - start)
+        stats = _stats(call, places, criteria, time.perf_counter() - start)
         return output_class(call.model)(**output, stats=stats)
     return output
 
 
-def _ensemble(call: Call, beams: bool) -> EnsembleLogitsProcessor:
-    """The processor that combines the members which have a weight."""
-    models = [call.model, *call.assistants]
-    roles = Roles.of(call.config, [model.num_parameters() for model in models])
+def _places(call: Call) -> list[int]:
+    """The members that have a weight, among `call.models`; all, if it is only one."""
+    roles = _roles(call)
+    return list(roles.order[: roles.members] if roles.members > 1 else range(1 + len(call.assistants)))
+
+
+def _roles(call: Call) -> Roles:
+    return Roles.of(call.config, [model.num_parameters() for model in [call.model, *call.assistants]])
+
+
+def _ensemble(call: Call, places: list[int], beams: bool) -> EnsembleLogitsProcessor:
+    """The processor that combines these members."""
+    roles = _roles(call)
     config = replace(call.config, num_assistant_tokens=AUTO)  # plays no role, and need not fit the members left
-    places = roles.order[: roles.members] if roles.members > 1 else range(1 + len(call.assistants))
     if roles.members > 1:
         config = roles.config(config)
-    check_prompt(call.input_ids, [models[i] for i in places])
+    check_prompt(call.input_ids, [call.models[i] for i in places])
     samples = call.generation_config.do_sample or call.generation_config.output_scores
     return EnsembleLogitsProcessor.for_call(
         call,
         places[1:],
         config,
         form="log_probs" if beams or samples else "scores",
-        names=titles_of(models, roles.order[: roles.members]),
+        names=titles_of(call.models, roles.order[: roles.members]),
     )
 
 
@@ -218,14 +227,29 @@ def _sample(call: Call, criteria: _TokenCriteria, processors: list[LogitsProcess
     return output
 
 
-def _stats(ensemble: EnsembleLogitsProcessor, new_tokens: int, seconds: float) -> EnsembleStats:
-    inside, nothing = ensemble.seconds, [0] * (1 + len(ensemble.assistants))
+def _stats(call: Call, places: list[int], criteria: _TokenCriteria, seconds: float) -> EnsembleStats:
+    """Of the members, in the caller's order; those without a weight did nothing."""
+    ensemble, members = criteria.ensemble, 1 + len(call.assistants)
+    lengths = criteria.lengths.cpu().numpy()
+
+    def of_members(values: list) -> list:
+        by_place = dict(zip(places, values))
+        return [by_place.get(i, 0) for i in range(members)]
+
+    drawing = criteria.noise and criteria.noise.drawing
+    inside, nothing, owners = ensemble.seconds, [0] * members, []
+    if isinstance(drawing, Ancestral):
+        of_rows = drawing.owners(np.arange(criteria.steps)[None].repeat(len(lengths), axis=0))
+        owners = of_members(owned(of_rows, lengths, len(places)))
     return EnsembleStats(
-        new_tokens=new_tokens,
-        forward_passes=[ensemble.passes[0], *ensemble.passes],
+        new_tokens=int(lengths.sum()),
+        forward_passes=of_members([ensemble.passes[0], *ensemble.passes]),
         proposed=nothing,
         verified=list(nothing),
         accepted=list(nothing),
         seconds=seconds,
-        member_seconds=[seconds - sum(inside), *inside],
+        member_seconds=of_members([seconds - sum(inside), *inside]),
+        owned=owners,
+        row_tokens=lengths.tolist(),
+        authors=call.names[:members],
     )

@@ -87,6 +87,8 @@ class Text:
         self.active = np.ones(batch, bool)  # rows whose text goes on
         self.pending: list[list[tuple[int, float]]] = [[] for _ in range(batch)]  # author and confidence of proposals
         self.drawn: list[list[int]] = [[] for _ in range(batch)]  # and which they are
+        # Of every final token: whose proposal was verified there, `None` if there was none, and whether it was kept
+        self.fates: list[list[tuple[int | None, bool]]] = [[] for _ in range(batch)]
         self._sealed = np.zeros(batch, bool)  # the last token ends the text: nothing follows it
         self._barred = np.zeros(batch, bool)  # the last token is a draft that a processor forbids: nor here, so far
 
@@ -158,6 +160,9 @@ class Text:
         self.total = np.where(outcome.falls, self.final, self.total)
         self._seal(outcome.falls, last)
         self._barred &= self.total > self.final
+        for fates, row, kept, draws in zip(self.fates, self.pending, outcome.kept.tolist(), outcome.draws.tolist()):
+            fates += [(author, True) for author, _ in row[:kept]]
+            fates += [(row[kept][0] if kept < len(row) else None, False)] * draws
         for rows in (self.pending, self.drawn):
             for row, n, all_fall in zip(rows, outcome.gained.tolist(), outcome.falls.tolist()):
                 del row[: len(row) if all_fall else n]

@@ -20,7 +20,8 @@ from transformers.utils import logging
 from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
 from ..config import AUTO
 from ..decoding.drafter import chosen_drafter, is_named
-from ..tools.arguments import add_config_arguments, add_drafter_argument, config_of, drafter_of, encode, locate
+from ..tools.arguments import config_of, drafter_of, encode, locate
+from ..tools.options import add_config_arguments, add_drafter_argument
 
 
 PROMPT = "Tom has 3 boxes with 12 pencils each. He gives 8 pencils to his sister. How many pencils does Tom have left?"

@@ -12,16 +12,20 @@ from ..decoding.drafter import chosen_drafter
 from .references import MemberReference, Source, entry_of, read_entry
 
 
+USER = "USER"  # whose repository it will be, where that is not known
+
+
 def ensemble_card(
     members: Sequence[Source],
     config: EnsembleConfig,
     drafter: Source | None = AUTO,
-    repo_id: str = "name/ensemble",
+    repo_id: str = "USER/ensemble",
     speedup: str | None = None,
     licence: str | None = None,
 ) -> ModelCard:
     """
-    The model card of an ensemble: metadata for the Hub, members, formula, examples that run as they stand.
+    The model card of an ensemble: metadata for the Hub, members, formula, examples that run as they stand. Members that
+    are folders are named without their paths, `USER/NAME` in the examples, and the card says that they are missing.
 
     Args:
         members, config, drafter: As for `save_ensemble`.
@@ -62,7 +66,8 @@ def ensemble_card(
         formula=_formula(shown),
         members="\n".join(rows),
         repo=_literal(repo_id),
-        main=_literal(references[0].name),
+        missing=_missing([*references, *([drafting] if isinstance(drafting, MemberReference) else [])]),
+        main=_literal(_on_the_hub(references[0])),
         revision=f", revision={_literal(references[0].revision)}" if references[0].revision else "",
         dtype=_literal(references[0].dtype or "auto"),
         kind=_auto_class(references[0]),
@@ -78,6 +83,25 @@ def _auto_class(main: MemberReference) -> str:
     except (OSError, ValueError):
         return "AutoModelForCausalLM"
     return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+
+
+def on_the_hub(name: str) -> str:
+    """What a repository of this name is called by those who do not know yet whose it will be."""
+    return name if "/" in name else f"{USER}/{name}"
+
+
+def _on_the_hub(reference: MemberReference) -> str:
+    return on_the_hub(reference.short_name) if reference.is_local else reference.name
+
+
+def _missing(references: list[MemberReference]) -> str:
+    local = [_markdown(each.short_name) for each in references if each.is_local]
+    if not local:
+        return ""
+    return (
+        f"\n> **Not on the Hub yet:** {', '.join(local)}. They are folders of the machine that wrote this card. "
+        "Push these models, and write the ensemble anew with their names.\n"
+    )
 
 
 def _shown(reference: MemberReference) -> str:
@@ -121,7 +145,7 @@ An ensemble of language models. With `l_i` the members' logits, each token is dr
 | | member | revision | dtype |
 |---|---|---|---|
 {members}
-
+{missing}
 It is decoded by `hf_spec_ensemble`, speculatively ([Fu et al., 2025](https://arxiv.org/abs/2502.01662)): members take
 turns to propose tokens and to verify them against this distribution, so that the text has just the distribution, and
 greedily is just the text, of the ensemble decoded token by token, with fewer forward passes.

@@ -19,7 +19,7 @@ from ..config import AUTO, CONFIG_NAME, EnsembleConfig, config_file
 from ..decoding.vocabulary import UNCOMPARED, check_tokens, tokens_of
 from ..notices import warn_once
 from ..version import __version__
-from .card import ensemble_card
+from .card import ensemble_card, on_the_hub
 from .references import ACCESS, MemberReference, Source, entry_of, read_ensemble, read_entry
 
 
@@ -92,14 +92,16 @@ def save_ensemble(
             not know of which revision they are), or `MemberReference`s, which say a revision and a dtype too.
         config (`EnsembleConfig`): How they are combined.
         drafter (defaults to `"auto"`): Or `None`, `"prompt_lookup"`, or a model, given as the members are.
-        repo_id (`str`, *optional*): Where it will be on the Hub, for the card's examples; by default the folder's name.
+        repo_id (`str`, *optional*): Where it will be on the Hub, for the card's examples; by default `USER/` and the
+            folder's name.
         speedup (`str`, *optional*), licence (`str`, *optional*): As for `ensemble_card`.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        `ValueError`: before anything is written, for members that cannot be named or do not fit the config.
+        `ValueError`: before anything is written, for members that cannot be named, as those with adapters or prompts of
+            their own, or that do not fit the config.
 
     Example:
 
@@ -115,7 +117,7 @@ def save_ensemble(
     """
     folder = Path(folder)
     entry = entry_of(members, config, drafter)
-    card = ensemble_card(members, config, drafter, repo_id or folder.resolve().name, speedup, licence)
+    card = ensemble_card(members, config, drafter, repo_id or on_the_hub(folder.resolve().name), speedup, licence)
     (folder / "custom_generate").mkdir(parents=True, exist_ok=True)
     texts = (
         json.dumps(entry, indent=2) + "\n",

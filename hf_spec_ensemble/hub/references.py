@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..config import AUTO, EnsembleConfig
 from ..decoding.drafter import chosen_drafter, is_named
 from ..files import naming, parse_object
-from ..members.adapters import is_model
+from ..members.adapters import AdapterView, base_of, is_model
 from ..members.prompts import PromptView
 
 
@@ -74,6 +74,11 @@ class MemberReference:
                 f"{member!r} has a prompt of its own, which belongs to a call and is not saved: save the model, and "
                 "give `with_prompt` to `generate()`."
             )
+        if _has_adapter(member):
+            raise ValueError(
+                f"{_called(member)} has an adapter, which its name does not say, so that the model would be loaded "
+                "without: merge it into a copy of the model, save that with `save_pretrained`, and give the folder."
+            )
         name = member.config._name_or_path
         if not name:
             raise ValueError(
@@ -98,6 +103,17 @@ class MemberReference:
         # The class that was saved, as there is no Auto class for every kind that generates
         kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
         return kind.from_pretrained(self.name, **kwargs).eval()
+
+
+def _has_adapter(model: PreTrainedModel) -> bool:
+    if isinstance(model, AdapterView):
+        return model.adapter is not None
+    return hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _called(model: PreTrainedModel) -> str:
+    name = model.config._name_or_path or type(base_of(model)).__name__
+    return f"{name!r} with the adapter {model.adapter!r}" if isinstance(model, AdapterView) else repr(name)
 
 
 Source = MemberReference | PreTrainedModel | str | Path

@@ -41,7 +41,7 @@ def warmup(
         widths (`Sequence[int]`):
             Of the numbers of tokens that passes are padded to, those to compile; by default all.
         progress (`bool`, defaults to `True`):
-            Whether to show a progress bar.
+            Whether to say what is compiled, before it begins, and to show a progress bar.
 
     Returns:
         `list[float]`: Seconds that it took, by member. None to speak of for what was compiled before.
@@ -79,6 +79,8 @@ def warmup(
     running = Running(max_length, static=True, compile_config=compile_config or CompileConfig())
     runners = [running.runner(model, batch_size) for model in members]
     seconds = []
+    if progress:
+        tqdm.write(_announced(members, widths, batch_size, max_length))
     with tqdm(total=len(members) * len(widths), desc="compiling", unit="pass", disable=not progress) as bar:
         for model, runner in zip(members, runners):
             start = time.perf_counter()
@@ -94,3 +96,13 @@ def warmup(
             member.close()
             seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def _announced(members: list[PreTrainedModel], widths: Sequence[int], batch_size: int, max_length: int) -> str:
+    passes = len(members) * len(widths)
+    rows = f"{batch_size} row{'' if batch_size == 1 else 's'}"
+    return (
+        f"Compiling {passes} passes: {len(members)} members, each over {', '.join(map(str, widths))} tokens, {rows}, "
+        f"texts of up to {max_length} tokens. A pass takes from a few seconds for small models to a minute; what is "
+        "compiled is used by every call of this process."
+    )

@@ -1,49 +1,27 @@
 """What the package's programs share: the config's fields on a command line, names of models, prompts."""
 
-import argparse
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import BatchEncoding
 
-from ..config import AUTO, COMBINE_ON, COUPLINGS, METHODS, EnsembleConfig
+from ..choices import EMBEDDED, NO_DRAFTER
+from ..config import EnsembleConfig
 from ..demo import FAMILY
 
 
 FIELDS = ("method", "weights", "contrast", "plausibility", "combine_on", "coupling")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds the options that say how members are combined and tokens drawn; gives their group, to add more."""
-    group = parser.add_argument_group("ensemble (see EnsembleConfig)")
-    group.add_argument("--method", choices=METHODS, default="weighted")
-    group.add_argument("--weights", type=float, nargs="+")
-    group.add_argument("--contrast", type=float, default=EnsembleConfig.contrast)
-    group.add_argument("--plausibility", type=float, default=EnsembleConfig.plausibility)
-    group.add_argument("--combine-on", choices=COMBINE_ON)
-    group.add_argument("--coupling", choices=COUPLINGS, default=EnsembleConfig.coupling)
-    return group
-
-
-def add_drafter_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--drafter`, for `drafter_of`."""
-    parser.add_argument(
-        "--drafter",
-        default=AUTO,
-        help="what proposes besides the members: a model, `prompt_lookup` (copies of the text), `auto` (what followed "
-        "before in the text, where proposal lengths choose themselves) or `none` (default: %(default)s)",
-    )
-
-
 def drafter_of(name: str | None) -> str | None:
     """What `generate(drafter=...)` takes for what `--drafter` says."""
-    return None if name == "none" else name
+    return None if name == NO_DRAFTER else name
 
 
 def config_of(given: dict[str, Any], **more: Any) -> EnsembleConfig:
     """
-    The config that parsed arguments describe; takes its fields out of `given`.
+    The config that parsed options describe, those of `options.add_config_arguments`; takes its fields out of `given`.
 
     Args:
         given (`dict`): By name, from `vars(namespace)`.
@@ -52,12 +30,18 @@ def config_of(given: dict[str, Any], **more: Any) -> EnsembleConfig:
     Raises:
         `ValueError`, `TypeError`: as `EnsembleConfig` does.
     """
-    return EnsembleConfig(**{name: given.pop(name) for name in FIELDS}, **more)
+    fields = {name: given.pop(name) for name in FIELDS}
+    return EnsembleConfig(**{name: value for name, value in fields.items() if value is not None}, **more)
 
 
 def locate(name: str) -> str:
     """The folder of an embedded model, or the name as it is."""
-    return str(FAMILY / name) if name in ("reader", "solver", "draft") else name
+    return str(FAMILY / name) if name in EMBEDDED else name
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(name: str) -> None:

@@ -1,13 +1,4 @@
-"""
-Weights from the command line: an ensemble's folder, with those that make the texts of a file most likely.
-
-    hf-spec-ensemble fit --members ./base ./math --data-file rows.jsonl --columns question answer --out FOLDER
-    hf-spec-ensemble generate --ensemble FOLDER "Tom has 3 boxes with 12 pencils each. How many has he?"
-
-Each line of the file is a JSON object. One column has whole texts or chats; two have prompts and answers, of which the
-answers count. As in `generate`, prompts go through the chat template if there is one. With several files, each gets
-weights and a folder of its own, FOLDER/NAME.
-"""
+"""`hf-spec-ensemble fit`: reads texts from files, fits weights, and writes the ensemble's folder."""
 
 import argparse
 import sys
@@ -15,49 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
-from ..config import METHODS, EnsembleConfig
+from ..config import EnsembleConfig
 from ..files import parse_object
 from ..fitting import fit
 from ..hub import Ensemble, MemberReference, save_ensemble
 from ..trace.extras import extra
-from .arguments import check_device, locate
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="hf-spec-ensemble fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--members", nargs="+", required=True, metavar="MODEL", help="the main model first")
-    made.add_argument("--dtype", default="auto", help="of all models (default: as they were saved)")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    texts = made.add_argument_group("texts")
-    texts.add_argument("--data-file", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines")
-    texts.add_argument("--columns", nargs="+", required=True, metavar="NAME", help="a column, or prompts and answers")
-    texts.add_argument("--limit", type=int, metavar="N", help="of each file, the first N lines alone")
-    texts.add_argument(
-        "--held-out", default="0.2", metavar="SHARE|FILE", help="not fitted on: a share, or another file (default: 0.2)"
-    )
-    texts.add_argument("--no-chat-template", action="store_true", help="prompt and answer one after the other")
-    texts.add_argument("--max-length", type=int, metavar="N", help="cut texts to N tokens")
-    run = made.add_argument_group("fit")
-    run.add_argument("--method", choices=METHODS, default="weighted")
-    run.add_argument("--plausibility", default="0", metavar="ALPHA|fit", help="of contrastive decoding (default: 0)")
-    run.add_argument("--batch-size", type=int, default=8)
-    run.add_argument("--memory", type=float, default=4.0, metavar="GIB", help="for what a product or contrast keeps")
-    run.add_argument("--seed", type=int, default=0)
-    out = made.add_argument_group("output: the report, and")
-    out.add_argument("--out", type=Path, metavar="FOLDER", help="the ensemble, for `load_ensemble`")
-    out.add_argument(
-        "--plot", type=Path, metavar="FILE", help="the likelihood over the weights, of two or three members"
-    )
-    return made
+from .arguments import check_device, default_device, locate
+from .options import fit_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    made = parser()
+    made = fit_parser()
     args = made.parse_args(sys.argv[1:] if argv is None else argv)
     logging.set_verbosity_error()
     try:
@@ -69,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    args.device = args.device or default_device()
     check_device(args.device)
     if args.plot:
         extra("matplotlib")

@@ -2,7 +2,8 @@
 Never changes what is decoded, and knows nothing of models but authors' names and numbers."""
 
 from . import show  # noqa: F401  puts on `Trace` how it looks
-from .data import DraftTrace, PassTrace, TokenTrace, Trace
+from .data import DraftTrace, Mark, PassTrace, TokenTrace, Trace
+from .stream import TraceStreamer
 
 
-__all__ = ["DraftTrace", "PassTrace", "TokenTrace", "Trace"]
+__all__ = ["DraftTrace", "Mark", "PassTrace", "TokenTrace", "Trace", "TraceStreamer"]

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,42 @@ class TokenTrace:
         if self.draft is None:
             return "drawn"
         return "accepted" if self.draft.token == self.token else "corrected"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """
+    How a token came into the text: what a streamer is told that has a method `put_marks`. Printed, it says that.
+
+    Args:
+        outcome (`str`): As `TokenTrace.outcome`.
+        author (`int`, *optional*): Who proposed it, or for `"corrected"` who proposed the token that was rejected, a
+            number in the order of `Trace.authors`. `None` for `"drawn"`.
+        name (`str`, *optional*): The author's.
+
+    Example:
+
+    >>> from hf_spec_ensemble.trace import Mark
+
+    >>> str(Mark("accepted", 1, "math"))
+    'proposed by math'
+    """
+
+    outcome: str
+    author: int | None = None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        if self.outcome == "accepted":
+            return f"proposed by {self.name}"
+        return "corrected" if self.outcome == "corrected" else "drawn from the ensemble"
+
+
+def legend_of(marks: Iterable[Mark]) -> dict[str, tuple[Mark, int]]:
+    """By what they say, marks and how many there are: authors in their order, then the rest."""
+    counts = Counter(map(str, marks := list(marks)))
+    order = sorted({str(mark): mark for mark in marks}.values(), key=lambda mark: (mark.outcome, mark.author or 0))
+    return {str(mark): (mark, counts[str(mark)]) for mark in order}
 
 
 @dataclass(frozen=True)

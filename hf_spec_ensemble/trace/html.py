@@ -1,10 +1,12 @@
 """A trace as HTML for notebooks: the text, marked by who proposed it, with a legend. Everything that comes from models
 or files is escaped; nothing is loaded and no script runs."""
 
+from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import count
+from itertools import count, groupby
 
-from .data import TokenTrace, Trace
+from .data import Mark, TokenTrace, Trace, legend_of
+from .text import printable
 
 
 # Okabe and Ito's colours, told apart with every kind of colour vision, and a line style for those who see none
@@ -25,30 +27,67 @@ STYLE = """
 #ID .text span:hover::after,#ID .text span:focus::after{content:attr(data-why);position:absolute;left:0;top:1.9em;
  z-index:9;width:max-content;max-width:30em;white-space:pre-wrap;padding:.4em .7em;border-radius:6px;
  background:#222;color:#fff;border:1px solid #888;font:13px/1.45 system-ui,sans-serif}
-#ID .fix{border:1.5px solid currentColor;margin:0 1px}
+#ID .fix{border:1.5px solid currentColor;margin:0 1px;-webkit-box-decoration-break:clone;box-decoration-break:clone}
 #ID .fix::before{content:"\\2717";font-size:.75em;margin:0 2px;opacity:.8}
 #ID .end{opacity:.55}
 #ID table{border-collapse:collapse;margin:.4em 0;color:inherit;font-size:13px}
 #ID td,#ID th{padding:.15em .8em;text-align:right;background:none;color:inherit;border:0}
 #ID th{font-weight:600;border-bottom:1px solid rgba(128,128,128,.5)}
 #ID td:first-child,#ID th:first-child{text-align:left}
-#ID td i{font-style:normal;padding:0 .4em;border-radius:3px;text-decoration-thickness:2px;text-underline-offset:4px}
+#ID td i,#ID .note i{font-style:normal;padding:0 .4em;border-radius:3px;text-decoration-thickness:2px;
+ text-underline-offset:4px}
 #ID .note{opacity:.75;font-size:13px}
 """
 
 
 def html_of(trace: Trace) -> str:
     """The HTML of a trace, for a cell's output or a page of one's own."""
+    rows = "".join(_row(trace, b) for b in range(len(trace.rows)))
+    return _framed(f"{_headline(trace)}{rows}{_legend(trace)}", range(len(trace.authors)))
+
+
+def html_of_stream(parts: Sequence[tuple[str, Mark | None]]) -> str:
+    """
+    The HTML of a text that is being made, with a legend of what it has.
+
+    Args:
+        parts (`Sequence`): Tokens' texts, and how they came about; `None` for those of which that is not known.
+    """
+    text = ""
+    for (kind, _), run in groupby(enumerate(parts), lambda part: _run_of(*part)):
+        text += f'<span class="{kind}">{_safe("".join(each for _, (each, _) in run))}</span>'
+    marks = [mark for _, mark in parts if mark is not None]
+    legend = " \u00b7 ".join(
+        f'<i class="{_class_of(mark)}">{_safe(said)}</i> {count}' for said, (mark, count) in legend_of(marks).items()
+    )
+    note = f'<p class="note">{legend}</p>' if legend else ""
+    authors = {mark.author for mark in marks if mark.outcome == "accepted"}
+    return _framed(f'<div class="text">{text}</div>{note}', sorted(authors))
+
+
+def _run_of(place: int, part: tuple[str, Mark | None]) -> tuple[str, int | None]:
+    """Tokens in a row that share this are one piece of HTML; a correction is one of its own."""
+    kind = _class_of(part[1])
+    return kind, place if kind == "fix" else None
+
+
+def _class_of(mark: Mark | None) -> str:
+    if mark is None:
+        return ""
+    return {"accepted": f"a{mark.author}", "corrected": "fix", "drawn": "drawn"}[mark.outcome]
+
+
+def _framed(body: str, authors: Iterable[int]) -> str:
+    """With the style of this body alone."""
     id_ = f"ensemble-trace-{next(_number)}"
     marks = "".join(
         f"#{id_} .a{author}{{background:rgba({COLOURS[author % len(COLOURS)]},.25);"
         f"text-decoration-line:underline;text-decoration-style:{LINES[author % len(LINES)]};"
         f"text-decoration-color:rgb({COLOURS[author % len(COLOURS)]})}}\n"
-        for author in range(len(trace.authors))
+        for author in authors
     )
     style = STYLE.replace("#ID", f"#{id_}") + marks
-    rows = "".join(_row(trace, b) for b in range(len(trace.rows)))
-    return f'<div id="{id_}"><style>{style}</style>{_headline(trace)}{rows}{_legend(trace)}</div>'
+    return f'<div id="{id_}"><style>{style}</style>{body}</div>'
 
 
 def page_of(trace: Trace, title: str) -> str:
@@ -77,10 +116,10 @@ def _row(trace: Trace, b: int) -> str:
 
 
 def _token(trace: Trace, token: TokenTrace) -> str:
-    kinds = {"accepted": f"a{token.draft.author}" if token.draft else "", "corrected": "fix", "drawn": "drawn"}
+    kind = _class_of(Mark(token.outcome, token.draft and token.draft.author))
     text = _visible(token.text, token.token).replace("\n", "\u21b5\n")
     said = _quoted(why(trace, token))
-    return f'<span class="{kinds[token.outcome]}" tabindex="0" data-why="{said}">{_safe(text)}</span>'
+    return f'<span class="{kind}" tabindex="0" data-why="{said}">{_safe(text)}</span>'
 
 
 def why(trace: Trace, token: TokenTrace) -> str:
@@ -141,8 +180,7 @@ def _visible(text: str | None, token: int) -> str:
 
 
 def _safe(text: str) -> str:
-    # A model's control characters could hide or reorder what follows them
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\u25ab" for c in text))
+    return escape(printable(text))
 
 
 def _quoted(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_spec_ensemble import EnsembleConfig
-from hf_spec_ensemble.bench import Plan, Records, Settings, measure, sandbox, seccomp, summary, tasks
+from hf_spec_ensemble.bench import Plan, Records, Settings, measure, report, sandbox, seccomp, summary, tasks
 from hf_spec_ensemble.bench import plan as planning
 from hf_spec_ensemble.bench.__main__ import main
 from hf_spec_ensemble.bench.sandbox import runs
@@ -366,7 +366,8 @@ def test_the_bootstrap_interval():
 
 
 def test_ratios_are_of_pairs_and_medians_of_repeats(tmp_path):
-    records = Records(tmp_path, {"settings": {"config": {"coupling": "maximal"}, "members": ["a"]}})
+    settings = {"config": {"coupling": "maximal"}, "members": ["a"], "max_new_tokens": 20, "dtype": "x", "curve": None}
+    records = Records(tmp_path, {"settings": settings, "environment": {}})
     base = dict(kind="run", task="gsm8k", temperature=0.0, batch_size=1, members=2, prompt_length=None, seed=0)
     base |= dict(forward_passes=[10, 10], member_seconds=[0.5, 0.25], scores=[1.0], tokens=[[1, 2]], loop_seconds=1.0)
     seconds = {  # by variant: of prompts, of repeats
@@ -378,12 +379,15 @@ def test_ratios_are_of_pairs_and_medians_of_repeats(tmp_path):
             for repeat, time in enumerate(repeats):
                 # The variant's texts are half as long, so that its times for a token are twice as much
                 own = dict(variant=variant, group=group, repeat=repeat, seconds=time)
-                records.add(base | own | dict(new_tokens=20 if variant == "standard" else 10))
+                expected = {"predicted_speedup": 2.0} if variant == "auto" else {}
+                records.add(base | own | expected | dict(new_tokens=20 if variant == "standard" else 10))
     standard, auto = summary.summarise(records)
     assert standard.speedup.median == 1 and standard.overhead is None
     assert auto.speedup.median == pytest.approx((2.0 + 1.5) / 2)
     assert auto.overhead == pytest.approx(0.25) and auto.passes == [1, 1] and auto.score == 1
     assert auto.identical == (6, 6)
+    text = report.markdown(records)
+    assert "measured for:\n\n- auto, gsm8k, T 0, batch 1, members 2: 1.75 measured, 2.00 predicted, with 25%" in text
 
 
 # From the command line

@@ -55,6 +55,21 @@ def test_a_token_is_drawn_from_its_owner():
         assert int(rule.propose(logits.softmax(-1), np.array([at]))) == int(tokens[7 + at])
 
 
+@pytest.mark.parametrize("weights", [[0.7, 0.3, 0.0], [0.0, 0.2, 0.8]])
+def test_the_standard_ensemble_counts_the_same_owners(weights):
+    """Of members without a weight none, and no passes either."""
+    models = [tiny("llama", seed=i) for i in range(3)]
+    both = [
+        generate(models, prompts(3), EnsembleConfig(weights=weights, speculative=speculative), do_sample=True).stats
+        for speculative in (True, False)
+    ]
+    assert both[0].owned[:3] == both[1].owned and both[0].row_tokens == both[1].row_tokens
+    assert sum(both[1].owned) == both[1].new_tokens == sum(both[1].row_tokens)
+    assert [bool(owned) for owned in both[1].owned] == [weight > 0 for weight in weights]
+    assert both[0].authors[:3] == both[1].authors
+    assert [passes > 0 for passes in both[1].forward_passes] == [i == 0 or w > 0 for i, w in enumerate(weights)]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("drafter", [None, "prompt_lookup", "model"])
 @pytest.mark.parametrize("lengths", ["auto", 1, 4])

@@ -1,6 +1,7 @@
 """Ensembles as folders and repositories: saved, loaded, pushed, and run by transformers alone."""
 
 import ast
+import copy
 import importlib.metadata
 import json
 import os
@@ -10,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from fake_hub import COMMIT, fake_hub
+from families import tiny
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -167,7 +170,8 @@ def test_names_are_escaped_in_the_card_and_its_examples(tmp_path, name):
             if isinstance(node, ast.Call):
                 values = [*node.args, *(keyword.value for keyword in node.keywords)]
                 given |= {value.value for value in values if isinstance(value, ast.Constant)}
-    assert {str(folder), name} <= given
+    assert {f"USER/{folder.name}", name} <= given
+    assert str(tmp_path) not in card
     rows = [line for line in card.splitlines() if line.startswith("| l_")]
     assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
     assert [line for line in card.splitlines() if line.startswith("# ")] == [
@@ -228,12 +232,43 @@ def test_transformers_alone_runs_the_folder(tmp_path, expected):
 
 
 @needs_installation
-def test_the_examples_of_the_card_run(tmp_path):
-    folder = se.save_ensemble(tmp_path / "both", MEMBERS, se.EnsembleConfig(**CONFIG))
-    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
-    said = python("\nprint('---')\n".join(blocks), tmp_path).split("---\n")
+def test_the_examples_of_the_card_run_when_they_are_pasted(tmp_path):
+    with fake_hub() as there:
+        for name in ("reader", "solver"):
+            there.files[f"tiny/{name}"] = {file.name: file.read_bytes() for file in (FAMILY / name).iterdir()}
+        se.push_ensemble(
+            "me/both",
+            ["tiny/reader", "tiny/solver"],
+            se.EnsembleConfig(**CONFIG),
+            endpoint=there.endpoint,
+            token="hf_x",
+        )
+        card = there.files["me/both"]["README.md"].decode()
+        blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+        assert len(blocks) == 2 and "Not on the Hub" not in card
+        said = python("\nprint('---')\n".join(blocks), tmp_path, HF_ENDPOINT=there.endpoint).split("---\n")
     assert len(said) == 2 and said[0].startswith("Question: What is 2 + 3?") and said[0] == said[1]
+
+
+def test_the_card_of_a_folder_says_what_is_not_on_the_hub(tmp_path):
+    members = [MEMBERS[0], "org/math"]
+    folder = se.save_ensemble(tmp_path / "both", members, se.EnsembleConfig(), drafter=FAMILY / "draft")
+    card = (folder / "README.md").read_text()
+    assert 'custom_generate="USER/both"' in card and 'load_ensemble("USER/both")' in card
+    assert 'AutoModelForCausalLM.from_pretrained("USER/reader"' in card
+    assert "**Not on the Hub yet:** reader, draft." in card
+    assert str(tmp_path) not in card and str(FAMILY) not in card
+
+
+def test_adapters_are_not_left_out_without_a_word(tmp_path):
+    base = copy.deepcopy(tiny("llama"))
+    base.config._name_or_path = str(MEMBERS[0])
+    base.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]), "german")
+    for member in (base, se.with_adapter(base, "german")):
+        with pytest.raises(ValueError, match="has an adapter, which its name does not say"):
+            se.save_ensemble(tmp_path / "both", [member, MEMBERS[1]], se.EnsembleConfig())
+    assert not (tmp_path / "both").exists()
+    se.save_ensemble(tmp_path / "both", [se.with_adapter(base, None), MEMBERS[1]], se.EnsembleConfig())
 
 
 # --- The Hub ------------------------------------------------------------------------------------------------------

@@ -201,10 +201,12 @@ def test_a_cache_is_left_as_it_was_given(calls):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
-def test_nothing_is_compiled_after_warming_up(family, fresh):
+def test_nothing_is_compiled_after_warming_up(family, fresh, capsys):
     """Whatever is accepted, in texts of any length: one graph for each width."""
     models = fresh(family)
-    seconds = se.warmup(models, max_length=60, batch_size=2, compile_config=COUNTED, progress=False)
+    seconds = se.warmup(models, max_length=60, batch_size=2, compile_config=COUNTED)
+    said = capsys.readouterr().out
+    assert "Compiling 12 passes: 2 members, each over 1, 2, 4, 8, 16, 32 tokens, 2 rows" in said
     assert len(seconds) == 2 and min(seconds) > 0
     assert sorted(compiled_shapes) == sorted(2 * [(2, width) for width in WIDTHS])
     for seed, (lengths, new_tokens) in enumerate([([1, 1], 30), ([5, 2], 40), ("auto", 53), ([12, 1], 7)]):

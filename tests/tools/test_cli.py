@@ -2,14 +2,17 @@
 
 import io
 import json
+import subprocess
+import sys
 from importlib.metadata import entry_points
 
 import pytest
 
 import hf_spec_ensemble as se
+from hf_spec_ensemble.bench.__main__ import parser as bench_parser
 from hf_spec_ensemble.demo import FAMILY
-from hf_spec_ensemble.tools import cli
-from hf_spec_ensemble.tools.arguments import encode
+from hf_spec_ensemble.tools import cli, options
+from hf_spec_ensemble.tools.arguments import config_of, encode
 
 
 QUESTION = "Tom has 3 boxes with 12 pencils each. How many pencils has he?"
@@ -29,8 +32,14 @@ def test_it_prints_the_text_of_the_ensemble(capsys, tmp_path):
     cli.main(["generate", QUESTION, *MEMBERS, "--weights", "0.3", "0.7", "--stats", "--trace", str(page)])
     out, err = capsys.readouterr()
     assert out.strip() == text_of(QUESTION, weights=[0.3, 0.7]).strip()
-    assert "24 tokens" in err and "acceptance" in err
+    assert "24 tokens" in err and "reader: " in err
     assert page.read_text().startswith("<!doctype html>") and "proposed by solver" in page.read_text()
+
+
+def test_the_text_is_shown_in_colours_in_a_terminal(capsys):
+    """Here it is no terminal: `tests/trace/test_stream.py` looks at colours."""
+    cli.main(["generate", QUESTION, *MEMBERS, "--show"])
+    assert capsys.readouterr().out.strip() == text_of(QUESTION).strip()
 
 
 def test_several_prompts_give_json_lines(capsys, tmp_path, monkeypatch):
@@ -62,12 +71,27 @@ def test_a_card_is_written_with_its_folder_and_anew(capsys, tmp_path):
         (["generate", *MEMBERS], "nothing to ask"),
         (["generate", "Hello"], "say which ensemble"),
         (["generate", "Hello", *MEMBERS, "--temperature", "0.5"], "--temperature needs --do-sample"),
-        (["generate", "Hello", *MEMBERS, "--weights", "1", "2", "3"], "one entry for each member"),
-        (["generate", "a", "b", *MEMBERS, "--trace", "x.html"], "there are 2 prompts"),
-        (["generate", "Hello", "--members", "reader", "./nowhere"], "a folder or the id of a repository"),
+        (["generate", "Hello", *MEMBERS, "--weights", "0.5"], "--weights has 1 number, but --members names 2 models"),
+        (
+            ["generate", "Hello", "--members", "reader"],
+            "--members names one model, 'reader', but an ensemble needs two",
+        ),
+        (["generate", "Hello", *MEMBERS, "--drafter", "prompt-lookup"], "write prompt_lookup"),
+        (["generate", "Hello", *MEMBERS, "--trace", "/no/such/dir"], "--trace: no such folder: '/no/such'"),
+        (["generate", "Hello", *MEMBERS, "--trace", "/"], "--trace is a file to be written, but '/' is a folder"),
+        (["generate", "--prompts", "/no/such/file", *MEMBERS], "--prompts: no such file"),
+        (["generate", " ", *MEMBERS], "a prompt is empty"),
+        (["generate", "Hello", "--ensemble", "./nowhere"], "--ensemble: no such folder: './nowhere'"),
+        (["card", "FOLDER", "--members", "a/b", "c/d", "e/f", "--method", "contrastive"], "takes two models, but"),
+        (["fit", "--members", "reader", "--data-file", "x", "--columns", "y"], "fit: --members names one model"),
+        (["bench", "--members", "reader", "solver", "--weights", "1"], "bench: --weights has 1 number"),
+        (["eval", "--model_args", "members=reader"], "eval: members names one model, 'reader'"),
+        (["eval", "--model_args", "members=reader+solver,weights=1+2+3"], "eval: weights has 3 numbers"),
+        (["generate", "a", "b", *MEMBERS, "--trace", "x.html"], "--trace shows one text, but there are 2 prompts"),
+        (["generate", "a", "b", *MEMBERS, "--show"], "--show shows one text, but there are 2 prompts"),
+        (["generate", "Hello", "--members", "reader", "./nowhere"], "--members: no such folder: './nowhere'"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:`weights` sum")
 def test_errors_are_one_line(capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
@@ -79,8 +103,42 @@ def test_other_commands_go_to_their_programs(capsys, monkeypatch):
     for command, module in (("bench", "bench.__main__"), ("eval", "tools.harness")):
         given = []
         monkeypatch.setattr(f"hf_spec_ensemble.{module}.main", given.append)
-        cli.main([command, "--members", "x"])
-        assert given == [["--members", "x"]]
+        cli.main([command, "--members", "x", "y"])
+        cli.main([command, "--members", "x", "--curve", "members"])  # the same one several times
+        assert given == [["--members", "x", "y"], ["--members", "x", "--curve", "members"]]
+
+
+RUN = """
+import sys
+import hf_spec_ensemble_script
+try:
+    hf_spec_ensemble_script.main()
+finally:
+    print([name for name in sys.modules if name.split(".")[0] in ("torch", "transformers", "hf_spec_ensemble")])
+"""
+
+
+@pytest.mark.parametrize(
+    "words, code",
+    [(["generate", "Hello", "--members", "reader"], 2), (["generate", "--nothing"], 2), (["fit", "--help"], 0)],
+)
+def test_the_script_says_it_before_it_imports_anything(words, code):
+    made = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, timeout=60)
+    assert made.returncode == code and "Traceback" not in made.stderr
+    assert made.stdout.endswith("[]\n"), "it imports what takes seconds"
+
+
+def test_every_option_has_a_help_text():
+    made = [options.fit_parser(), bench_parser()]
+    made += options.parser()._subparsers._group_actions[0].choices.values()
+    for parser in made:
+        for action in parser._actions:
+            assert action.help, f"{parser.prog}: {action.option_strings or action.dest}"
+
+
+def test_options_that_are_not_given_are_the_defaults_of_the_config():
+    args = options.parse(["generate", "Hello", "--members", "reader", "solver"])
+    assert config_of(vars(args)) == se.EnsembleConfig()
 
 
 SCRIPT = list(entry_points(group="console_scripts", name="hf-spec-ensemble"))

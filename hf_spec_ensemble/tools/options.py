@@ -1,0 +1,259 @@
+"""
+The options of the command line, and what is wrong with those that are given. Imports nothing that takes time: the
+console script runs `parse` before it imports torch and transformers.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..choices import COMBINE_ON, COUPLINGS, DRAFTERS, METHODS
+
+
+PROGRAM = "hf-spec-ensemble"
+DESCRIPTION = """
+Ensembles from the command line.
+
+    hf-spec-ensemble generate "Tom has 3 boxes with 12 pencils each. How many has he?" --members reader solver
+    hf-spec-ensemble generate --ensemble FOLDER --prompts prompts.txt > texts.jsonl
+    hf-spec-ensemble generate "Why is the sky blue?" --members ./base ./math --weights 0.6 0.4 --show
+    hf-spec-ensemble bench --members ./base ./math --tasks gsm8k
+    hf-spec-ensemble eval --model_args members=./base+./math --tasks arc_easy
+    hf-spec-ensemble fit --members ./base ./math --data-file rows.jsonl --columns question answer --out FOLDER
+    hf-spec-ensemble card FOLDER --members org/base org/math --weights 0.6 0.4
+
+Models are folders or names on the Hub; `reader`, `solver` and `draft` are embedded in the package.
+"""
+FIT = """
+Weights from the command line: an ensemble's folder, with those that make the texts of a file most likely.
+
+    hf-spec-ensemble fit --members ./base ./math --data-file rows.jsonl --columns question answer --out FOLDER
+    hf-spec-ensemble generate --ensemble FOLDER "Tom has 3 boxes with 12 pencils each. How many has he?"
+
+Each line of the file is a JSON object. One column has whole texts or chats; two have prompts and answers, of which the
+answers count. As in `generate`, prompts go through the chat template if there is one. With several files, each gets
+weights and a folder of its own, FOLDER/NAME.
+"""
+ELSEWHERE = {  # commands with options of their own
+    "bench": "measure an ensemble (extra `bench`)",
+    "fit": "find the weights that make texts most likely, and write the ensemble's folder",
+    "eval": "score an ensemble on the tasks of lm-evaluation-harness (extra `lm_eval`)",
+}
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """
+    Parses a command line; exits with a message of one line, or after help. Of `bench` and `eval`, which have parsers of
+    their own, it looks at models and weights alone.
+
+    Example:
+
+    >>> from hf_spec_ensemble.tools.options import parse
+
+    >>> parse(["generate", "Hello", "--members", "reader", "solver"]).members
+    ['reader', 'solver']
+    """
+    command, made = words[0] if words else None, parser()
+    if command == "fit":
+        args = fit_parser().parse_args(words[1:])
+    elif command in ELSEWHERE:
+        args = _named(words[1:])
+    else:
+        args = made.parse_args(words)
+    try:
+        check(args, command)
+    except (ValueError, OSError) as error:
+        made.exit(2, f"{PROGRAM} {command}: {error}\n")
+    return args
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog=PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = made.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="decode prompts with an ensemble")
+    generate.add_argument("prompt", nargs="*", help="what to ask")
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one a line; - for standard input")
+    _add_models(generate, "or: an ensemble that was saved, a folder or a repository on the Hub")
+    run = generate.add_argument_group("run")
+    run.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="of the longest text (default: %(default)s)"
+    )
+    run.add_argument("--do-sample", action="store_true", help="draw tokens (default: the most probable ones)")
+    run.add_argument("--temperature", type=float, help="with --do-sample: below 1 is closer to the most probable text")
+    run.add_argument("--top-p", type=float, help="with --do-sample: from the most probable tokens of this total")
+    run.add_argument("--top-k", type=int, metavar="K", help="with --do-sample: from the K most probable tokens")
+    run.add_argument("--seed", type=int, default=0, help="of samples (default: %(default)s)")
+    _add_device(run)
+    out = generate.add_argument_group("output: the text as it comes, or for several prompts JSON lines")
+    out.add_argument("--show", action="store_true", help="colour the text, as it comes, by the member that proposed it")
+    out.add_argument("--stats", action="store_true", help="print what it took, too")
+    out.add_argument("--trace", type=Path, metavar="FILE", help="write who proposed what, as an HTML page")
+
+    for name, what in ELSEWHERE.items():
+        commands.add_parser(name, add_help=False, help=what)
+
+    card = commands.add_parser("card", help="write an ensemble's folder for the Hub, or its model card anew")
+    card.add_argument("folder", type=Path, help="made if it is not there")
+    _add_models(card, None)
+    card.add_argument("--license", help='the Hub\'s name of one, as "apache-2.0"')
+    card.add_argument("--repo-id", help="where it will be on the Hub, for the card's examples")
+    card.add_argument("--speedup", help='measured, for the card: "1.7x on GSM8K (bfloat16, two CPU cores)"')
+    return made
+
+
+def fit_parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog=f"{PROGRAM} fit", description=FIT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--members", nargs="+", required=True, metavar="MODEL", help="the main model first")
+    made.add_argument("--dtype", default="auto", help="of all models (default: as they were saved)")
+    _add_device(made)
+    texts = made.add_argument_group("texts")
+    texts.add_argument("--data-file", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines")
+    texts.add_argument("--columns", nargs="+", required=True, metavar="NAME", help="a column, or prompts and answers")
+    texts.add_argument("--limit", type=int, metavar="N", help="of each file, the first N lines alone")
+    texts.add_argument(
+        "--held-out", default="0.2", metavar="SHARE|FILE", help="not fitted on: a share, or another file (default: 0.2)"
+    )
+    texts.add_argument("--no-chat-template", action="store_true", help="prompt and answer one after the other")
+    texts.add_argument("--max-length", type=int, metavar="N", help="cut texts to N tokens")
+    run = made.add_argument_group("fit")
+    run.add_argument(
+        "--method", choices=METHODS, default="weighted", help="how members are combined (default: weighted)"
+    )
+    run.add_argument("--plausibility", default="0", metavar="ALPHA|fit", help="of contrastive decoding (default: 0)")
+    run.add_argument("--batch-size", type=int, default=8, help="texts in a pass (default: %(default)s)")
+    run.add_argument(
+        "--memory", type=float, default=4.0, metavar="GIB",
+        help="for what a product or contrast keeps (default: %(default)s)",
+    )  # fmt: skip
+    run.add_argument("--seed", type=int, default=0, help="of what is held out (default: %(default)s)")
+    out = made.add_argument_group("output: the report, and")
+    out.add_argument("--out", type=Path, metavar="FOLDER", help="the ensemble, for `load_ensemble`")
+    out.add_argument(
+        "--plot", type=Path, metavar="FILE", help="the likelihood over the weights, of two or three members"
+    )
+    return made
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the options that say how members are combined and tokens drawn; gives their group, to add more."""
+    group = parser.add_argument_group("ensemble (see EnsembleConfig)")
+    group.add_argument("--method", choices=METHODS, default="weighted", help="of combining (default: %(default)s)")
+    group.add_argument("--weights", type=float, nargs="+", help="one for each member (default: equal ones)")
+    group.add_argument("--contrast", type=float, help="of method contrastive, >= 0 (default: 0.1)")
+    group.add_argument(
+        "--plausibility", type=float,
+        help="of method contrastive: leaves out tokens with less than this share of the best one's probability "
+        "(default: 0)",
+    )  # fmt: skip
+    group.add_argument("--combine-on", choices=COMBINE_ON, help="what is combined (default: as the method has it)")
+    group.add_argument(
+        "--coupling", choices=COUPLINGS, help="how tokens are drawn and proposals judged (default: auto); all are exact"
+    )
+    return group
+
+
+def add_drafter_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--drafter`, for `drafter_of`."""
+    parser.add_argument(
+        "--drafter",
+        default="auto",
+        help="what proposes besides the members: a model, `prompt_lookup` (copies of the text), `auto` (what followed "
+        "before in the text, where proposal lengths choose themselves) or `none` (default: %(default)s)",
+    )
+
+
+def _add_models(command: argparse.ArgumentParser, saved: str | None) -> None:
+    command.add_argument("--members", nargs="+", metavar="MODEL", help="two or more models, the main model first")
+    if saved:
+        command.add_argument("--ensemble", metavar="FOLDER", help=saved)
+    add_drafter_argument(command)
+    command.add_argument("--dtype", default="auto", help="of all models (default: as they were saved)")
+    add_config_arguments(command)
+
+
+def _add_device(group) -> None:
+    group.add_argument("--device", help="as torch names it, cpu or cuda:1 (default: cuda if there is one)")
+
+
+def _named(words: Sequence[str]) -> argparse.Namespace:
+    """Models and weights in a command line of another parser, `--model_args` among it."""
+    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--members", "--weights", "--model_args", "-a"):
+        made.add_argument(option, nargs="*", default=[])
+    for option in ("--method", "--ensemble", "--drafter", "--curve"):
+        made.add_argument(option)
+    try:
+        args, _ = made.parse_known_args(words)
+    except argparse.ArgumentError:  # the command itself says what is wrong
+        return argparse.Namespace()
+    for entry in re.split(r"[,\s]", " ".join([*args.model_args, *args.a])):
+        key, _, value = entry.partition("=")
+        if key in ("members", "weights"):
+            setattr(args, key, value.split("+"))
+        elif key in ("method", "ensemble", "drafter"):
+            setattr(args, key, value)
+    return args
+
+
+def check(args: argparse.Namespace, command: str | None) -> None:
+    """
+    Raises:
+        `ValueError`: for what cannot be meant, in the words of the command line.
+    """
+    given = vars(args)
+    prefix = "" if command == "eval" else "--"  # there they are among the model's arguments
+    members, ensemble, drafter = (given.get(name) for name in ("members", "ensemble", "drafter"))
+    for option, names in (("members", members), ("ensemble", [ensemble]), ("drafter", [drafter])):
+        for name in names or []:
+            if name and name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no repository's name does
+                raise ValueError(f"{prefix}{option}: no such folder: {name!r}.")
+    if given.get("curve"):  # members take part as often as it wants
+        return
+    if members and len(members) < 2:
+        raise ValueError(
+            f"{prefix}members names one model, {members[0]!r}, but an ensemble needs two or more, the main model first."
+        )
+    weights, method = given.get("weights"), given.get("method")
+    if members and weights and len(weights) != len(members):
+        raise ValueError(
+            f"{prefix}weights has {_so_many(weights, 'number')}, but {prefix}members names "
+            f"{_so_many(members, 'model')}: give one for each, in the same order."
+        )
+    if members and method == "contrastive" and len(members) != 2:
+        raise ValueError(f"{prefix}method contrastive takes two models, but {prefix}members names {len(members)}.")
+    spelled = drafter and drafter.lower().replace("-", "_")
+    if spelled in DRAFTERS and drafter != spelled:
+        raise ValueError(f"{prefix}drafter {drafter!r} is not known: write {spelled}.")
+    if command == "generate":
+        _check_generate(args)
+
+
+def _check_generate(args: argparse.Namespace) -> None:
+    if not args.prompt and not args.prompts:
+        raise ValueError("there is nothing to ask: give a prompt, or --prompts FILE.")
+    if args.prompts and str(args.prompts) != "-" and not args.prompts.is_file():
+        raise ValueError(f"--prompts: no such file: {str(args.prompts)!r}.")
+    if not all(prompt.strip() for prompt in args.prompt):
+        raise ValueError("a prompt is empty: say what to ask.")
+    if bool(args.members) == bool(args.ensemble):
+        raise ValueError("say which ensemble: --members MODEL MODEL, or --ensemble FOLDER.")
+    for option in ("trace", "show"):
+        if getattr(args, option) and len(args.prompt) > 1:
+            raise ValueError(f"--{option} shows one text, but there are {len(args.prompt)} prompts.")
+    if args.trace and args.trace.is_dir():
+        raise ValueError(f"--trace is a file to be written, but {str(args.trace)!r} is a folder.")
+    if args.trace and not args.trace.parent.is_dir():
+        raise ValueError(f"--trace: no such folder: {str(args.trace.parent)!r}.")
+    for name in ("temperature", "top_p", "top_k"):
+        if getattr(args, name) is not None and not args.do_sample:
+            raise ValueError(f"--{name.replace('_', '-')} needs --do-sample.")
+
+
+def _so_many(things: Sequence, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
