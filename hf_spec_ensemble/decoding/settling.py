@@ -10,7 +10,7 @@ Each rule is an object with
 - `complete`: whether all members have scored what is settled,
 - `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, where nothing can be drawn,
 
-where members are the authors of the N members, which hold what they have scored, and counts are numpy integers.
+where members are the `MemberScores` of the N members, and counts are numpy integers.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ import torch
 
 from ..config import EnsembleConfig
 from ..ensemble.combine import mixture
-from .authors import Context, ModelAuthor
 from .drawing import Ancestral, Greedy
+from .scores import Context, MemberScores
 from .text import Text
 
 
@@ -36,20 +36,20 @@ class All:
 
     complete = True  # what is drawn from is r
 
-    def scored(self, text: Text, members: Sequence[ModelAuthor]) -> np.ndarray:
-        return text.scored(np.minimum.reduce([author.member.seen for author in members]))
+    def scored(self, text: Text, members: Sequence[MemberScores]) -> np.ndarray:
+        return text.scored(np.minimum.reduce([one.seen for one in members]))
 
     def asked(self, text, members):
         return None
 
-    def target(self, context: Context, members: Sequence[ModelAuthor], count: np.ndarray, form: str) -> torch.Tensor:
+    def target(self, context: Context, members: Sequence[MemberScores], count: np.ndarray, form: str) -> torch.Tensor:
         text, width = context.text, int(count.max())
-        evidence = [author.evidence.window(np.zeros_like(count), width) for author in members]
+        evidence = [one.evidence.window(np.zeros_like(count), width) for one in members]
         return context.distribution.target(evidence, text.ids, text.place(text.final), count, form)
 
-    def blamed(self, members: Sequence[ModelAuthor], row: int) -> tuple[list[float], list[torch.Tensor]]:
-        peaks = [float(author.peaks.at(row, 0)) for author in members]
-        return peaks, [author.evidence.at(row, 0) for author in members]
+    def blamed(self, members: Sequence[MemberScores], row: int) -> tuple[list[float], list[torch.Tensor]]:
+        peaks = [float(one.peaks.at(row, 0)) for one in members]
+        return peaks, [one.evidence.at(row, 0) for one in members]
 
 
 class Owner:
@@ -67,7 +67,7 @@ class Owner:
         self.drawing = drawing
 
     def scored(self, text, members):
-        seen = np.stack([author.member.seen for author in members])  # [N, B]
+        seen = np.stack([one.seen for one in members])  # [N, B]
         position = text.final[:, None] + np.arange(int(text.unverified.max()) + 1)  # [B, K]
         owner = self.drawing.owners(position)
         there = position <= np.take_along_axis(seen, owner.T, axis=0).T
@@ -76,7 +76,7 @@ class Owner:
 
     def asked(self, text, members):
         owner = self.drawing.owners(text.final)
-        return [(owner == i) & (author.member.seen < text.final) & text.active for i, author in enumerate(members)]
+        return [(owner == i) & (one.seen < text.final) & text.active for i, one in enumerate(members)]
 
     def target(self, context, members, count, form):
         owner = self.drawing.owners(context.text.final[:, None] + np.arange(int(count.max())))
@@ -86,7 +86,7 @@ class Owner:
 
     def blamed(self, members, row):
         owner = int(self.drawing.owners(members[0].context.text.final)[row])
-        peaks = [float(author.peaks.at(row, 0)) if i == owner else 0.0 for i, author in enumerate(members)]
+        peaks = [float(one.peaks.at(row, 0)) if i == owner else 0.0 for i, one in enumerate(members)]
         return peaks, []
 
 
@@ -130,7 +130,7 @@ class Enough:
         return count
 
     def asked(self, text, members):
-        missing = np.stack([author.member.seen < text.final for author in members]) & text.active  # [N, B]
+        missing = np.stack([one.seen < text.final for one in members]) & text.active  # [N, B]
         weight = np.where(missing, np.array(self.weights)[:, None], 0.0)
         return list(missing & (weight == weight.max(0)))
 
@@ -140,18 +140,18 @@ class Enough:
         return r
 
     def blamed(self, members, row):
-        peaks = [float(author.peaks.at(row, 0)) if author.evidence.count(row) else 0.0 for author in members]
+        peaks = [float(one.peaks.at(row, 0)) if one.evidence.count(row) else 0.0 for one in members]
         return peaks, []
 
-    def _is_settled(self, text: Text, members: Sequence[ModelAuthor], row: int, j: int) -> bool:
-        have = tuple(author.evidence.count(row) > j for author in members)
+    def _is_settled(self, text: Text, members: Sequence[MemberScores], row: int, j: int) -> bool:
+        have = tuple(one.evidence.count(row) > j for one in members)
         if all(have):
             return True
         if not any(have):
             return False
         position = int(text.final[row]) + j
         # The text before a position is told apart by who has run how often: evidence does not change without a pass
-        key = position, have, sum(author.passes for author in members)
+        key = position, have, sum(one.passes for one in members)
         known = self._known[row]
         if key not in known:
             if len(known) > KNOWN:
@@ -162,9 +162,9 @@ class Enough:
             known[key] = first - second > others + ROUNDING * torch.finfo(torch.float32).eps
         return known[key]
 
-    def _sum(self, members: Sequence[ModelAuthor], row: int, j: int) -> tuple[torch.Tensor, float]:
+    def _sum(self, members: Sequence[MemberScores], row: int, j: int) -> tuple[torch.Tensor, float]:
         """The weighted sum `[V]` over the members that have scored a position, and the others' weight."""
-        have = [i for i, author in enumerate(members) if author.evidence.count(row) > j]
+        have = [i for i, one in enumerate(members) if one.evidence.count(row) > j]
         total = mixture([members[i].evidence.at(row, j) for i in have], [self.weights[i] for i in have])
         return total, sum(weight for i, weight in enumerate(self.weights) if i not in have)
 
