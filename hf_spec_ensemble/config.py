@@ -86,6 +86,11 @@ class EnsembleConfig:
             `num_assistant_tokens` are given.
         speculative (`bool`, defaults to `True`):
             `False` decodes the standard ensemble: every member, token by token.
+        share_passes (`bool` or `"auto"`, defaults to `"auto"`):
+            Whether members of a speculative ensemble that share their weights (one model under several prompts, one
+            base with several adapters) run as rows of one pass, which reads the weights once for all of them. `"auto"`
+            decides that by what passes cost, which is measured in some short passes before the first call. `True`
+            shares wherever it is possible, with a warning where it is not.
         check_members (`bool`, defaults to `True`):
             Whether to try, before a model's first use in a process, that it reads as an ensemble lets it read: several
             tokens at once, and again after a roll-back. This takes about the time of four tokens. Models that cannot
@@ -117,6 +122,7 @@ class EnsembleConfig:
     alternate: bool = True
     coupling: str = AUTO
     speculative: bool = True
+    share_passes: bool | str = AUTO
     check_members: bool = True
     trace: bool = False
 
@@ -137,6 +143,8 @@ class EnsembleConfig:
         for name in ("alternate", "speculative", "check_members", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
+        if not (self.share_passes == AUTO or isinstance(self.share_passes, bool)):
+            raise ValueError(f"`share_passes` must be 'auto', True or False, but is {self.share_passes!r}.")
         if not _is_number(self.contrast) or self.contrast < 0:
             raise ValueError(f"`contrast` must be a finite number >= 0, but is {self.contrast!r}.")
         if not _is_number(self.plausibility) or not 0 <= self.plausibility <= 1:

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import test_vision
 import torch
+from covering import pairwise
 from families import FAMILIES, PAD, VOCAB, members, prompts, tiny
 from test_encoder_decoder import members as encoder_decoder_members
 from test_sampling import PROMPTS, chi_square_p, counts, draw, small_members
@@ -52,17 +53,26 @@ def expected(models, own, name, **kwargs):
 # --- The text is that of the formulas -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("speculative", BOTH)
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["weighted", "product", "contrastive", "callable"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_model_under_several_prompts(family, name, batch, speculative):
+@pytest.mark.parametrize(
+    "family,name,batch,way",
+    pairwise(
+        dict(
+            family=list(FAMILIES),
+            name=["weighted", "product", "contrastive", "callable"],
+            batch=[1, 3],
+            way=["standard", "apart", "together", "together, with drafts"],
+        )
+    ),
+)
+def test_one_model_under_several_prompts(family, name, batch, way):
     n = 3 if 3 in oracle.METHODS[name].members else 2
     model, own = tiny(family, seed=1), own_prompts(batch, n)
     text = expected([model] * n, own, name)
     assert text != expected([model] * n, own[:1], name)  # prompts matter
-    config = oracle.config_of(name, n, speculative=speculative, **({"num_assistant_tokens": 2} if speculative else {}))
-    assert generate(views(model, own), own[0], config).tolist() == text
+    lengths = {} if way == "standard" else dict(num_assistant_tokens=2, share_passes=way != "apart")
+    config = oracle.config_of(name, n, speculative=way != "standard", **lengths)
+    drafter = dict(drafter=members(family, 2)[1]) if "drafts" in way else {}
+    assert generate(views(model, own), own[0], config, **drafter).tolist() == text
 
 
 @pytest.mark.parametrize("speculative", BOTH)
@@ -318,7 +328,8 @@ def test_weights_are_one_and_caches_as_many_as_contexts(speculative, monkeypatch
     monkeypatch.setattr(CachedMember, "close", closing)
     before = {parameter.data_ptr() for parameter in model.parameters()}
     group = views(model, own)
-    generate(group, own[0], oracle.config_of("weighted", 3, speculative=speculative), eos_token_id=None)
+    config = oracle.config_of("weighted", 3, speculative=speculative, share_passes=False)
+    generate(group, own[0], config, eos_token_id=None)
     assert {parameter.data_ptr() for parameter in model.parameters()} == before
     assert all(view.model is model for view in group[1:])
     assert all(member.model is model for member in held)
@@ -331,7 +342,7 @@ def test_weights_are_one_and_caches_as_many_as_contexts(speculative, monkeypatch
 
 def test_costs_and_readings_are_the_models(monkeypatch):
     model, own = copy.deepcopy(tiny("llama", seed=1)), own_prompts(1, 3)
-    config = oracle.config_of("weighted", 3, num_assistant_tokens=1)
+    config = oracle.config_of("weighted", 3, num_assistant_tokens=1, share_passes=False)
     generate(views(model, own), own[0], config)
     assert pass_costs(model).measured(1, 1) is not None
     readings = remembered([model], "readings", dict)

@@ -1,53 +1,19 @@
-"""Authors: what proposes tokens. A member of the ensemble, a model that drafts, or a generator that drafts.
+"""Authors: what runs and proposes tokens. A member of the ensemble, several that share passes, or a model or generator
+that drafts.
 
 All answer the same questions: what have you to read, run, what do you propose, and here is what came of it.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from ..ensemble.distribution import EnsembleDistribution
-from ..ensemble.padded import Ragged
-from ..members.costs import PassCosts
+from ..members.costs import PassCosts, SharedCosts
 from ..members.member import Member
-from ..members.ranks import Ranks
+from ..members.rows import SharedMember
 from ..members.stopwatch import Stopwatch
-from ..trace.recorder import NoRecord
 from .drafter import GeneratorDrafter
-from .drawing import Greedy
-from .final_scores import FinalScores
-from .text import Outcome, Proposal, Text
-
-
-@dataclass(frozen=True)
-class Context:
-    """
-    What authors and the loop share in one call.
-
-    Args:
-        text (`Text`): The rows' new tokens.
-        distribution (`EnsembleDistribution`), drawing (`drawing.Greedy`, `Gumbel`, `Maximal`): What is proposed from
-            and verified against, and how tokens are drawn.
-        recorder (`NoRecord`): Told what happens, for a trace.
-        ranks (`Ranks`): The processes that decode together.
-        in_step (`bool`): Whether all rows must gain and propose equally many tokens.
-        final_scores (`FinalScores`, *optional*): Told what members give at final positions.
-    """
-
-    text: Text
-    distribution: EnsembleDistribution
-    drawing: Greedy
-    recorder: NoRecord
-    ranks: Ranks
-    in_step: bool = False
-    final_scores: FinalScores | None = None
-
-    @property
-    def keeps_q(self) -> bool:
-        """Whether what proposals were drawn from is looked at again."""
-        return self.drawing.needs_q or self.recorder.on
+from .scores import Context, MemberScores
+from .text import Outcome, Proposal
 
 
 class Author:
@@ -63,7 +29,7 @@ class Author:
         costs (`PassCosts`): Where these times go.
     """
 
-    def __init__(self, index: int, context: Context, stopwatch: Stopwatch, costs: PassCosts):
+    def __init__(self, index: int, context: Context, stopwatch: Stopwatch, costs: PassCosts | SharedCosts):
         self.index, self.context = index, context
         self.stopwatch, self.costs = stopwatch, costs
         self.proposed = self.verified = self.accepted = 0  # tokens, over all rows
@@ -120,22 +86,22 @@ class Author:
 
 class ModelAuthor(Author):
     """
-    A member, or a model that drafts.
+    A member, a group of members that share passes, or a model that drafts.
 
-    State: the scores of pending positions, by row, the j-th belonging to position `text.final[b] + j`; the rest is the
-    member's.
+    State: the scores of pending positions, for each of its members; the rest is the model's.
 
     Args:
         index, context: As for `Author`.
-        member (`Member`): The model and what it has read.
-        keeps_logits (`bool`): Whether raw logits are to be kept for the output.
+        member (`Member` or `SharedMember`): The model and what it has read.
+        scores (`list[MemberScores]`, G): Where what it scores for each member goes.
     """
 
-    def __init__(self, index: int, context: Context, member: Member, keeps_logits: bool = False):
-        super().__init__(index, context, member.stopwatch, member.runner.costs)
-        self.member = member
-        self.evidence, self.peaks = Ragged(context.text.batch), Ragged(context.text.batch)
-        self.logits = Ragged(context.text.batch) if keeps_logits else None
+    def __init__(self, index: int, context: Context, member: Member | SharedMember, scores: list[MemberScores]):
+        super().__init__(index, context, member.stopwatch, member.costs)
+        self.member, self.scores = member, scores
+        weights = context.distribution.config.weights or ()
+        # Of several members it speaks for the one that counts most
+        self._spokesman = max(scores, key=lambda one: weights[one.number] if one.number < len(weights) else 0.0)
 
     @property
     def passes(self):
@@ -155,32 +121,21 @@ class ModelAuthor(Author):
             self._read(end)
 
     def _read(self, end: np.ndarray, width: int = 0) -> None:
-        text, distribution, member = self.context.text, self.context.distribution, self.member
+        text, member, passes = self.context.text, self.member, self.member.passes
         reads = end > member.seen
         first = np.maximum(member.seen + 1, 0)  # [B]: the positions that the new logits predict
         have = text.scored(member.seen)
         late = np.maximum(text.final - first, 0)  # what it missed needs no scores any more, but for the output
         unwanted = 0 if self.context.final_scores else int(late.min())
         unwanted = min(unwanted, int((end - np.maximum(member.seen, -1)).max()) - 1)
-        logits = distribution.align(member.score(text.new, end, width, skip=unwanted))
+        logits = self.context.distribution.align(member.score(text.new, end, width, skip=unwanted))
         first, late = first + unwanted, late - unwanted
         count = np.maximum(member.seen + 1 - first, 0) * reads
-        scores = distribution.scores(logits, text.ids, text.place(first), count)
-        evidence = distribution.evidence_of(scores)
-        added = np.maximum(count - late, 0)
-        if self.context.final_scores:
-            for row, n in enumerate(np.minimum(late, count).tolist()):
-                for j in range(n):
-                    self._pass_on(row, int(first[row]) + j, evidence[row, j], logits[row, j])
-        self.context.recorder.ran(self.index, first + late, added)
-        self.evidence.put(have, evidence, late, added)
-        self.peaks.put(have, scores.amax(-1, keepdim=True), late, added)
-        if self.logits is not None:
-            self.logits.put(have, logits, late, added)
-
-    def _pass_on(self, row: int, position: int, probs: torch.Tensor, logits: torch.Tensor | None) -> None:
-        """Gives scores `[V]` of a final position to who keeps them for the output."""
-        self.context.final_scores.add(self.index, row, position, probs, None if self.logits is None else logits)
+        for scores, own in zip(self.scores, logits.unflatten(0, (len(self.scores), -1))):
+            scores.put(own, have, first, count, late)
+        for _ in range(member.passes - passes - 1):
+            self.context.recorder.ran(self.index)
+        self.context.recorder.ran(self.index, first + late, np.maximum(count - late, 0))
 
     def offer(self):
         """The next token of every open row of which it has seen all."""
@@ -188,7 +143,7 @@ class ModelAuthor(Author):
         rows = text.open & (self.member.seen == text.total)
         if not rows.any():
             return None
-        evidence = self.evidence.window(text.unverified, 1)
+        evidence = self._spokesman.evidence.window(text.unverified, 1)
         q = distribution.proposal(evidence, text.ids, text.place(text.total), rows.astype(int), drawing.form)
         tokens = drawing.propose(q[:, 0], text.total)
         # Fetched together, in one transfer; the decision sees the confidence alone
@@ -212,21 +167,16 @@ class ModelAuthor(Author):
 
     def settle(self, outcome):
         text = self.context.text
-        if self.context.final_scores:
-            for row, gained in enumerate(outcome.gained.tolist()):
-                for j in range(min(gained, self.evidence.count(row))):
-                    logits = None if self.logits is None else self.logits.at(row, j)
-                    self._pass_on(row, int(text.final[row]) + j, self.evidence.at(row, j), logits)
+        for scores in self.scores:
+            scores.pass_on(outcome.gained)
         final = text.final + outcome.gained
         # A token drawn from r has been seen by no member; a kept proposal is settled
         keep, settled = np.where(outcome.falls, final - 1, text.total), final - outcome.falls
         if self.context.in_step and outcome.falls.any():  # rows at their end make room: slots go from all rows at once
             keep, settled = (np.full_like(length, length[outcome.falls].min()) for length in (keep, settled))
         self.member.forget(keep, settled)
-        for held in (self.evidence, self.peaks, self.logits):
-            if held is not None:
-                held.drop_first(outcome.gained)
-                held.keep_first(np.maximum(self.member.seen + 1 - final, 0))
+        for scores in self.scores:
+            scores.keep(outcome.gained, np.maximum(self.member.seen + 1 - final, 0))
         return []
 
     def close(self):

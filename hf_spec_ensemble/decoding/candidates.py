@@ -8,7 +8,8 @@ from transformers.generation import AssistedCandidateGenerator
 
 from ..ensemble.padded import Ragged, window
 from ..schedule.turns import Schedule, Situation
-from .authors import Author, Context, ModelAuthor
+from .authors import Author, ModelAuthor
+from .scores import Context, MemberScores
 from .settling import All, Enough, Owner, OwnerAmongAll
 from .text import Outcome
 
@@ -51,8 +52,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     Args:
         context (`Context`): Of the call.
-        authors (`list[Author]`, A): The N members' first.
-        members (`int`): N.
+        authors (`list[Author]`, A): First those that score for the N members.
+        readers (`int`): So many; N, or fewer where members share passes.
         schedule (`Schedule`): Who runs, and who proposes.
         settling (`All`): Which positions enough members have scored.
         keep_scores (`bool`): Whether candidates carry log r; only where the settling is complete.
@@ -62,7 +63,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self,
         context: Context,
         authors: list[Author],
-        members: int,
+        readers: int,
         schedule: Schedule,
         settling: All | Owner | Enough,
         keep_scores: bool = False,
@@ -70,7 +71,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         # Not the parent's: that prepares one assistant for its own `generate()`; see `Call.inputs_of`
         self.context, self.text = context, context.text
         self.authors = authors
-        self.members: list[ModelAuthor] = authors[:members]
+        self.readers: list[ModelAuthor] = authors[:readers]
+        members = [scores for author in self.readers for scores in author.scores]
+        self.members: list[MemberScores] = sorted(members, key=lambda scores: scores.number)  # N
         self.schedule, self.settling = schedule, settling
         self.by_column = context.distribution.process.once_a_token
         self.keep_scores = keep_scores
@@ -78,7 +81,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.current: int | None = None  # the author that ran last, and its consecutive runs
         self.turn = 0
         self._waited = [0.0, 0.0]  # tokens a row, by whether rows waited for all members
-        self._patient = False
+        self._patient = False  # whether they do now
         self.q = Ragged(self.text.batch)
 
     def get_candidates(self, input_ids: torch.Tensor | None = None, **kwargs) -> Candidates:
@@ -86,8 +89,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         text = self.text
         while True:
             scored = self.settling.scored(text, self.members)  # [B]
-            self._patient = patient = self.schedule.patient
-            if patient:
+            self._patient = self.schedule.patient
+            if self._patient:
                 scored = np.minimum(scored, All().scored(text, self.members))
             scored = np.where(self.stuck & ~text.behind, 0, scored)
             if self.by_column or self.context.in_step:  # once all rows have some
@@ -98,9 +101,9 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             drawable = scored > proposed
             if drawable.any() or proposed.any():
                 return self._collect(proposed, drawable)
-            if self.current is not None and not patient:
+            if self.current is not None and not self._patient:
                 self._propose(self.authors[self.current])
-            self._run_next(patient)
+            self._run_next()
 
     def update_candidate_strategy(
         self, emitted: torch.Tensor, candidates: Candidates, num_matches: torch.Tensor
@@ -160,9 +163,16 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         waiting = None if asked is None else [int(rows.sum()) for rows in asked]
         return Situation(self.current, self.turn, lag, self.text.pending, self.text.open.tolist(), waiting)
 
-    def _run_next(self, patient: bool) -> None:
-        """Lets the author run whose turn it is; `patient`: rows wait for all members."""
-        asked = None if patient else self.settling.asked(self.text, self.members)
+    def _asked(self) -> list[np.ndarray] | None:
+        """The rows `[B]` that wait for what each of the readers scores; `None` if all wait for all."""
+        asked = None if self._patient else self.settling.asked(self.text, self.members)
+        if asked is None:
+            return None
+        return [np.logical_or.reduce([asked[one.number] for one in author.scores]) for author in self.readers]
+
+    def _run_next(self) -> None:
+        """Lets the author run whose turn it is."""
+        asked = self._asked()
         situation = self._situation(asked)
         self.current, self.turn = self.schedule.next(situation)
         author, lag = self.authors[self.current], np.array(situation.lag[self.current])

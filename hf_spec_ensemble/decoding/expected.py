@@ -9,17 +9,20 @@ from ..schedule.turns import Turns
 from .authors import GeneratorAuthor
 from .candidates import EnsembleCandidateGenerator
 from .settling import All, OwnerAmongAll
+from .sharing import Readers
 
 
 ROW_TOKENS = 512  # that are simulated: more of few texts, for less chance, and fewer of many
 
 
-def expected_speedup(candidates_of: EnsembleCandidateGenerator, lengths: Sequence[int]) -> float | None:
+def expected_speedup(
+    candidates_of: EnsembleCandidateGenerator, readers: Readers, lengths: Sequence[int]
+) -> float | None:
     """
     Over the standard ensemble, inside passes, those over the prompt included.
 
     Args:
-        candidates_of (`EnsembleCandidateGenerator`): Of a call that is over.
+        candidates_of (`EnsembleCandidateGenerator`), readers (`Readers`): Of a call that is over.
         lengths (`Sequence[int]`, B): Tokens of its texts.
 
     Returns:
@@ -31,19 +34,22 @@ def expected_speedup(candidates_of: EnsembleCandidateGenerator, lengths: Sequenc
         return authors[i].costs.seconds(batch, width) or 0.0
 
     needed = (author for i, author in enumerate(authors) if i < turns.members or turns.lengths[i])
-    if any(author.costs.measured(batch, 1) is None for author in needed):
+    one_by_one = [reader.costs.one_by_one(batch) for reader in readers.all[: turns.members]]
+    if None in one_by_one or any(author.costs.measured(batch, 1) is None for author in needed):
         return None
     acceptance = [author.accepted / author.verified if author.verified else 0.0 for author in authors]
-    expected = _expected(candidates_of, turns, acceptance, cost, lengths)
-    standard = expected.speedup * expected.seconds_per_token
+    expected = _expected(candidates_of, readers, turns, acceptance, cost, lengths)
     patient = candidates_of.patient_share
-    speculative = (1 - patient) * expected.seconds_per_token + patient * standard
+    in_order = sum(cost(i, 1) for i in range(turns.members))
+    speculative = (1 - patient) * expected.seconds_per_token + patient * in_order
+    standard = sum(one_by_one)  # each member by itself, also where they shared passes
     prompt, steps = sum(author.prompt_seconds for author in authors), max(lengths)
     return (prompt + steps * standard) / (prompt + steps * speculative)
 
 
 def _expected(
     candidates_of: EnsembleCandidateGenerator,
+    readers: Readers,
     turns: Turns,
     acceptance: list[float],
     cost: Cost,
@@ -52,7 +58,7 @@ def _expected(
     """A formula's where there is one, else a simulation's."""
     drafter = candidates_of.authors[-1]
     coverage = drafter.coverage if isinstance(drafter, GeneratorAuthor) and turns.lengths[drafter.index] else 1.0
-    rule = candidates_of.settling.rule(turns.members)
+    rule = candidates_of.settling.rule(readers.groups)
     if len(lengths) == 1 and coverage == 1:
         if isinstance(rule, OwnerSettles):
             return predict_mixture(turns, rule.weights, acceptance, cost)

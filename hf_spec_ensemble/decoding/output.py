@@ -17,7 +17,7 @@ from .final_scores import FinalScores, padding
 class EnsembleStats:
     """
     What a call did. Lists have one entry for each member, in the order `[model, *assistant_models]`, and last one for a
-    drafter if there is one.
+    drafter if there is one. Of members that ran as rows of one pass (`shared`) the first has all, and the others 0.
 
     Args:
         new_tokens (`int`): Tokens generated, over all rows.
@@ -29,6 +29,8 @@ class EnsembleStats:
         member_seconds (`list[float]`): Inside the forward passes. For the standard ensemble the main model's entry also
             holds the rest of transformers' own loop.
         owned (`list[int]`): Tokens that were drawn from each member, with `"ancestral"` coupling; else empty.
+        shared (`list[list[int]]`): Members that ran as rows of one pass, by their places in these lists.
+        prompt_tokens_saved (`int`): Tokens of such members' prompts that were read once for several rows.
         predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, those over the prompt
             included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
             proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch
@@ -59,6 +61,8 @@ class EnsembleStats:
     seconds: float = 0.0
     member_seconds: list[float] = field(default_factory=list)
     owned: list[int] = field(default_factory=list)
+    shared: list[list[int]] = field(default_factory=list)
+    prompt_tokens_saved: int = 0
     predicted_speedup: float | None = None
     row_tokens: list[int] = field(default_factory=list)
     authors: list[str] = field(default_factory=list)

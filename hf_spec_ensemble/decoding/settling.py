@@ -7,11 +7,11 @@ Each rule is an object with
 - `asked(text, members) -> [N][B] or None`: whose scores each row waits for; `None` if for those of all,
 - `target(context, members, count, form) -> [B, K, V]`: what is drawn from at the first `count[b]` of these, in the form
   of the drawing rule; the distribution takes note,
-- `rule(members)`: what the theory calls this rule, by what is known now,
+- `rule(groups)`: what the theory calls this rule, by what is known now, for groups of members that score together,
 - `complete`: whether all members have scored what is settled,
 - `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, where nothing can be drawn,
 
-where members are the authors of the N members, which hold what they have scored, and counts are numpy integers.
+where members are the `MemberScores` of the N members, and counts are numpy integers.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ import torch
 from ..config import EnsembleConfig
 from ..ensemble.combine import mixture
 from ..schedule.simulation import AllSettle, EnoughSettle, OwnerSettles
-from .authors import Context, ModelAuthor
 from .drawing import Ancestral, Greedy
+from .scores import Context, MemberScores
 from .text import Text
 
 
@@ -38,23 +38,23 @@ class All:
 
     complete = True  # what is drawn from is r
 
-    def scored(self, text: Text, members: Sequence[ModelAuthor]) -> np.ndarray:
-        return text.scored(np.minimum.reduce([author.member.seen for author in members]))
+    def scored(self, text: Text, members: Sequence[MemberScores]) -> np.ndarray:
+        return text.scored(np.minimum.reduce([one.seen for one in members]))
 
     def asked(self, text, members):
         return None
 
-    def target(self, context: Context, members: Sequence[ModelAuthor], count: np.ndarray, form: str) -> torch.Tensor:
+    def target(self, context: Context, members: Sequence[MemberScores], count: np.ndarray, form: str) -> torch.Tensor:
         text, width = context.text, int(count.max())
-        evidence = [author.evidence.window(np.zeros_like(count), width) for author in members]
+        evidence = [one.evidence.window(np.zeros_like(count), width) for one in members]
         return context.distribution.target(evidence, text.ids, text.place(text.final), count, form)
 
-    def rule(self, members: int) -> AllSettle:
-        return AllSettle(members)
+    def rule(self, groups: Sequence[Sequence[int]]) -> AllSettle:
+        return AllSettle(len(groups))
 
-    def blamed(self, members: Sequence[ModelAuthor], row: int) -> tuple[list[float], list[torch.Tensor]]:
-        peaks = [float(author.peaks.at(row, 0)) for author in members]
-        return peaks, [author.evidence.at(row, 0) for author in members]
+    def blamed(self, members: Sequence[MemberScores], row: int) -> tuple[list[float], list[torch.Tensor]]:
+        peaks = [float(one.peaks.at(row, 0)) for one in members]
+        return peaks, [one.evidence.at(row, 0) for one in members]
 
 
 class Owner:
@@ -72,7 +72,7 @@ class Owner:
         self.drawing = drawing
 
     def scored(self, text, members):
-        seen = np.stack([author.member.seen for author in members])  # [N, B]
+        seen = np.stack([one.seen for one in members])  # [N, B]
         position = text.final[:, None] + np.arange(int(text.unverified.max()) + 1)  # [B, K]
         owner = self.drawing.owners(position)
         there = position <= np.take_along_axis(seen, owner.T, axis=0).T
@@ -81,7 +81,7 @@ class Owner:
 
     def asked(self, text, members):
         owner = self.drawing.owners(text.final)
-        return [(owner == i) & (author.member.seen < text.final) & text.active for i, author in enumerate(members)]
+        return [(owner == i) & (one.seen < text.final) & text.active for i, one in enumerate(members)]
 
     def target(self, context, members, count, form):
         owner = self.drawing.owners(context.text.final[:, None] + np.arange(int(count.max())))
@@ -89,12 +89,12 @@ class Owner:
         context.distribution.note(r)
         return r
 
-    def rule(self, members):
-        return OwnerSettles(self.drawing.weights)
+    def rule(self, groups):
+        return OwnerSettles([sum(self.drawing.weights[i] for i in group) for group in groups])
 
     def blamed(self, members, row):
         owner = int(self.drawing.owners(members[0].context.text.final)[row])
-        peaks = [float(author.peaks.at(row, 0)) if i == owner else 0.0 for i, author in enumerate(members)]
+        peaks = [float(one.peaks.at(row, 0)) if i == owner else 0.0 for i, one in enumerate(members)]
         return peaks, []
 
 
@@ -139,7 +139,7 @@ class Enough:
         return count
 
     def asked(self, text, members):
-        missing = np.stack([author.member.seen < text.final for author in members]) & text.active  # [N, B]
+        missing = np.stack([one.seen < text.final for one in members]) & text.active  # [N, B]
         weight = np.where(missing, np.array(self.weights)[:, None], 0.0)
         return list(missing & (weight == weight.max(0)))
 
@@ -148,22 +148,24 @@ class Enough:
         context.distribution.note(r)
         return r
 
-    def rule(self, members):
-        return EnoughSettle(self.weights, {have: (hits + 1) / (n + 2) for have, (n, hits) in self._counts.items()})
+    def rule(self, groups):
+        weights = [sum(self.weights[i] for i in group) for group in groups]
+        chances = {have: (hits + 1) / (n + 2) for have, (n, hits) in self._counts.items()}
+        return EnoughSettle(weights, {tuple(have[group[0]] for group in groups): p for have, p in chances.items()})
 
     def blamed(self, members, row):
-        peaks = [float(author.peaks.at(row, 0)) if author.evidence.count(row) else 0.0 for author in members]
+        peaks = [float(one.peaks.at(row, 0)) if one.evidence.count(row) else 0.0 for one in members]
         return peaks, []
 
-    def _is_settled(self, text: Text, members: Sequence[ModelAuthor], row: int, j: int) -> bool:
-        have = tuple(author.evidence.count(row) > j for author in members)
+    def _is_settled(self, text: Text, members: Sequence[MemberScores], row: int, j: int) -> bool:
+        have = tuple(one.evidence.count(row) > j for one in members)
         if all(have):
             return True
         if not any(have):
             return False
         position = int(text.final[row]) + j
         # The text before a position is told apart by who has run how often: evidence does not change without a pass
-        key = position, have, sum(author.passes for author in members)
+        key = position, have, sum(one.passes for one in members)
         known = self._known[row]
         if key not in known:
             if len(known) > KNOWN:
@@ -176,9 +178,9 @@ class Enough:
             self._counts[have] = count + 1, hits + known[key]
         return known[key]
 
-    def _sum(self, members: Sequence[ModelAuthor], row: int, j: int) -> tuple[torch.Tensor, float]:
+    def _sum(self, members: Sequence[MemberScores], row: int, j: int) -> tuple[torch.Tensor, float]:
         """The weighted sum `[V]` over the members that have scored a position, and the others' weight."""
-        have = [i for i, author in enumerate(members) if author.evidence.count(row) > j]
+        have = [i for i, one in enumerate(members) if one.evidence.count(row) > j]
         total = mixture([members[i].evidence.at(row, j) for i in have], [self.weights[i] for i in have])
         return total, sum(weight for i, weight in enumerate(self.weights) if i not in have)
 

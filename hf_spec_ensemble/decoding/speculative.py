@@ -15,6 +15,7 @@ from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
 from ..members.member import Member
 from ..members.ranks import Together
+from ..members.rows import SharedMember
 from ..members.uncached import member_of
 from ..notices import STANDARD
 from ..schedule.acceptance import Acceptance
@@ -25,7 +26,7 @@ from ..schedule.roles import Roles
 from ..schedule.turns import Schedule, Turns
 from ..trace import Mark
 from ..trace.recorder import NoRecord, Recorder
-from .authors import Author, Context, GeneratorAuthor, ModelAuthor
+from .authors import Author, GeneratorAuthor, ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drafter import PROMPT_LOOKUP, drafter_for
@@ -34,7 +35,9 @@ from .expected import expected_speedup
 from .final_scores import FinalScores
 from .names import kept_name, titles_of
 from .output import EnsembleStats, Transcript, output_class
+from .scores import Context, MemberScores
 from .settling import All, Enough, Owner, settling_rule
+from .sharing import Readers, share_passes
 from .suffixes import Suffixes
 from .text import Text
 from .validate import check_prompt, shared_vocabulary
@@ -45,17 +48,17 @@ def speculative(call: Call):
     roles = Roles.of(
         call.config, [m.num_parameters() for m in [call.model, *call.assistants]], call.drafter is not None
     )
-    candidates_of = _prepare(call, roles)
+    candidates_of, readers = _prepare(call, roles)
     final_scores = candidates_of.context.final_scores
     transcript = Transcript(call, final_scores, _teller(call, roles, candidates_of.text))
     start = time.perf_counter()
     _decode(candidates_of, transcript)
     if final_scores is not None:
-        for author in candidates_of.members:
+        for author in candidates_of.readers:
             author.catch_up()
         candidates_of.take_times()
         transcript.take(final_scores)
-    return _report(call, roles, candidates_of, transcript, time.perf_counter() - start)
+    return _report(call, roles, readers, candidates_of, transcript, time.perf_counter() - start)
 
 
 def _teller(call: Call, roles: Roles, text: Text) -> Callable[[int], None] | None:
@@ -94,14 +97,14 @@ def _decode(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -
         text.retire(transcript.wanted)
 
 
-def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
+def _prepare(call: Call, roles: Roles) -> tuple[EnsembleCandidateGenerator, Readers]:
     models, config = call.models, call.config
     check_prompt(call.input_ids, [models[i] for i in roles.order[: roles.members]])
     input_ids = call.input_ids.long()  # as transformers' loops return them, whatever they were
-    readers = _members(call, roles)
-    members = readers[: roles.members]
+    each = _members(call, roles)
+    members = each[: roles.members]
     vocabulary = shared_vocabulary([member.model for member in members])
-    for drafter in readers[roles.members :]:
+    for drafter in each[roles.members :]:
         drafter.read_as_if_known(vocabulary[0])
     distribution = EnsembleDistribution(
         roles.config(config),
@@ -112,7 +115,7 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
     )
     drawing = drawing_rule(call.generation_config.do_sample, distribution.config)
     wanted = call.returns("scores"), call.returns("logits")
-    in_step = len(input_ids) > 1 and any(reader.in_step for reader in readers)
+    in_step = len(input_ids) > 1 and any(member.in_step for member in each)
     # Rows in step could not read at the end, each for itself, what they have not read
     complete = call.shows_scores or (in_step and any(wanted))
     # Whether a lead is enough may depend on the last bits, which differ between processes
@@ -128,17 +131,20 @@ def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
         in_step=in_step,
         final_scores=FinalScores(len(input_ids), distribution.config.weights, *wanted) if late else None,
     )
-    authors: list[Author] = [
-        ModelAuthor(i, context, reader, keeps_logits=i == 0 and call.returns("logits"))
-        for i, reader in enumerate(readers)
-    ]
-    if len(authors) < len(roles.order):
+    readers = share_passes(call, roles, each)
+    seats = roles.sharing(readers.groups)
+    authors: list[Author] = []
+    for reader, numbers in zip(readers.all, readers.numbers):
+        scores = [MemberScores(i, context, reader, keeps_logits=i == 0 and call.returns("logits")) for i in numbers]
+        authors.append(ModelAuthor(len(authors), context, reader, scores))
+    if len(authors) < len(seats.order):
         drafter = drafter_for(call.drafter, members[0], vocabulary[1], call.max_length)
         dtype = torch.promote_types(members[0].model.dtype, torch.float32)
         costs = remembered([call.model], ("drafter", kept_name(call.drafter)), PassCosts)
         authors.append(GeneratorAuthor(len(authors), context, drafter, costs, dtype))
-    schedule = led(_schedule(call, roles, authors, settling), call.ranks)
-    return EnsembleCandidateGenerator(context, authors, roles.members, schedule, settling, wanted[0] and not late)
+    schedule = led(_schedule(call, seats, authors, settling, readers), call.ranks)
+    keep_scores = wanted[0] and not late
+    return EnsembleCandidateGenerator(context, authors, seats.members, schedule, settling, keep_scores), readers
 
 
 def _members(call: Call, roles: Roles) -> list[Member]:
@@ -172,31 +178,39 @@ def _check_roll_back(member: Member) -> None:
     )
 
 
-def _schedule(call: Call, roles: Roles, authors: list[Author], settling: All | Owner | Enough) -> Schedule:
+def _schedule(
+    call: Call, seats: Roles, authors: list[Author], settling: All | Owner | Enough, readers: Readers
+) -> Schedule:
     config, batch = call.config, len(call.input_ids)
     models = [author.member for author in authors if isinstance(author, ModelAuthor)]
     at_once = len(models) if len(models) < len(authors) else None
-    lengths = roles.lengths(config)
+    lengths = seats.lengths(config)
     if lengths is not None:
-        return Turns(lengths, roles.first, roles.members, at_once)
+        return Turns(lengths, seats.first, seats.members, at_once)
     ensemble = (
         kept_name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
         config.coupling, config.alternate, call.generation_config.do_sample, batch, kept_name(call.drafter),
         models[0].runner.way, tuple(own is not None for own in call.prompts), type(settling),
+        tuple(map(tuple, readers.groups)),
     )  # fmt: skip
     memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
     costs = [author.costs for author in authors]
-    may_propose = roles.may_propose(config)
+    may_propose = seats.may_propose(config)
     watches = call.drafter == PROMPT_LOOKUP or isinstance(call.drafter, Suffixes)  # which cost next to nothing
-    rule = partial(settling.rule, roles.members)
-    arguments = memory, costs, batch, roles.members, may_propose, roles.first, at_once, watches, rule
+    rule = partial(settling.rule, readers.groups)
+    arguments = memory, costs, batch, seats.members, may_propose, seats.first, at_once, watches, rule
     if isinstance(settling, Owner):
-        return AutoMixture(*arguments, weights=roles.config(config).weights)
+        return AutoMixture(*arguments, weights=readers.weights(authors[0].context.distribution.config))
     return Auto(*arguments)
 
 
 def _report(
-    call: Call, roles: Roles, candidates_of: EnsembleCandidateGenerator, transcript: Transcript, seconds: float
+    call: Call,
+    roles: Roles,
+    readers: Readers,
+    candidates_of: EnsembleCandidateGenerator,
+    transcript: Transcript,
+    seconds: float,
 ):
     authors = candidates_of.authors
     as_dict = call.returns("dict")
@@ -209,10 +223,14 @@ def _report(
     if not as_dict:
         return transcript.sequences
 
-    def of_authors(name: str) -> list:
-        return roles.in_callers_order(getattr(author, name) for author in authors)
+    seats = roles.sharing(readers.groups)
 
-    owners = _owners(candidates_of, transcript)
+    def of_authors(name: str) -> list:
+        """In the caller's order; 0 for members that run as another's rows."""
+        entries = dict(zip(seats.order, (getattr(author, name) for author in authors)))
+        return roles.in_callers_order(entries.get(i, 0) for i in roles.order)
+
+    owners = _owners(roles, candidates_of, transcript)
     stats = EnsembleStats(
         new_tokens=int(transcript.lengths.sum()),
         forward_passes=of_authors("passes"),
@@ -221,8 +239,10 @@ def _report(
         accepted=of_authors("accepted"),
         member_seconds=of_authors("seconds"),
         seconds=seconds,
-        owned=[] if owners is None else roles.in_callers_order(owned(owners, transcript.lengths, len(authors))),
-        predicted_speedup=expected_speedup(candidates_of, transcript.lengths.tolist()),
+        owned=[] if owners is None else owned(owners, transcript.lengths, len(roles.order)),
+        shared=[sorted(roles.order[i] for i in group) for group in readers.groups if len(group) > 1],
+        prompt_tokens_saved=sum(reader.saved for reader in readers.all if isinstance(reader, SharedMember)),
+        predicted_speedup=expected_speedup(candidates_of, readers, transcript.lengths.tolist()),
         row_tokens=transcript.lengths.tolist(),
         authors=call.names,
     )
@@ -231,14 +251,14 @@ def _report(
         scores=transcript.scores,
         logits=transcript.logits,
         stats=stats,
-        trace=_trace(call, roles, candidates_of, transcript, seconds, owners) if call.config.trace else None,
+        trace=_trace(call, seats.order, candidates_of, transcript, seconds, owners) if call.config.trace else None,
         **{OUTPUT_CACHE: cache},
     )
 
 
 def _trace(
     call: Call,
-    roles: Roles,
+    order: tuple[int, ...],
     candidates_of: EnsembleCandidateGenerator,
     transcript: Transcript,
     seconds: float,
@@ -247,12 +267,12 @@ def _trace(
     candidates_of.take_times(wait=True)
     rule = call.config.coupling if call.generation_config.do_sample else "greedy"
     recorder = candidates_of.context.recorder
-    return recorder.trace(call.names, roles.order, roles.members, transcript.lengths, seconds, rule, owners)
+    return recorder.trace(call.names, order, len(candidates_of.members), transcript.lengths, seconds, rule, owners)
 
 
-def _owners(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> np.ndarray | None:
-    """The authors `[B, T]` that the new tokens were drawn from, where each was drawn from one."""
+def _owners(roles: Roles, candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> np.ndarray | None:
+    """The caller's numbers `[B, T]` of the members that new tokens were drawn from, where each was drawn from one."""
     drawing, batch = candidates_of.context.drawing, len(transcript.sequences)
     if not isinstance(drawing, Ancestral):
         return None
-    return drawing.owners(np.arange(transcript.new_tokens)[None].repeat(batch, axis=0))
+    return np.array(roles.order)[drawing.owners(np.arange(transcript.new_tokens)[None].repeat(batch, axis=0))]

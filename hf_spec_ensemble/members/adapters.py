@@ -99,6 +99,11 @@ class AdapterView:
     def __repr__(self) -> str:
         return f"with_adapter({type(self.base).__name__}, {self.adapter!r})"
 
+    @property
+    def _names(self) -> list[str]:
+        """The adapters that must be active."""
+        return [] if self.adapter is None else [self.adapter]
+
     def __call__(self, *args, **kwargs):
         """The base's forward pass, with this adapter."""
         return self._run(self.base, *args, **kwargs)
@@ -127,11 +132,12 @@ class AdapterView:
             `ValueError`: if the adapter cannot be switched.
         """
         configs = _switchable(self.base)
-        if not configs or (self.adapter is not None and self.adapter not in configs):
+        missing = [name for name in self._names if name not in configs]
+        if not configs or missing:
             has = f"its adapters are {sorted(configs)}" if configs else "it has none"
             raise ValueError(
-                f"This {type(self.base).__name__} has no adapter {self.adapter!r}: {has}. Load it first, with PEFT or "
-                "`model.load_adapter(...)`."
+                f"This {type(self.base).__name__} has no adapter {(missing or [None])[0]!r}: {has}. Load it first, "
+                "with PEFT or `model.load_adapter(...)`."
             )
         self._layers = _adapter_layers(self.base)
         self._configs = list(configs.items())
@@ -151,8 +157,8 @@ class AdapterView:
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
         try:
             for layer, active, _ in before:
-                layer._active_adapter = active if self.adapter is None else [self.adapter]
-                layer._disable_adapters = self.adapter is None
+                layer._active_adapter = self._names or active
+                layer._disable_adapters = not self._names
             yield
         finally:
             for layer, active, disabled in before:
@@ -190,6 +196,16 @@ def _adapter_layers(base: torch.nn.Module) -> list[torch.nn.Module]:
     if not all(hasattr(layer, "_active_adapter") and hasattr(layer, "_disable_adapters") for layer in layers):
         raise ImportError(f"`with_adapter` does not work with peft {peft.__version__}. It is tested with peft 0.21.")
     return layers
+
+
+def adapters_of(model: PreTrainedModel) -> tuple[str, ...] | None:
+    """The adapters that a model's passes have now, none or some at once; `None` if these differ between its layers."""
+    if isinstance(model, AdapterView):
+        return tuple(model._names)
+    base = base_of(model)
+    layers = _adapter_layers(base) if getattr(base, "peft_config", None) else []
+    found = {() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers} or {()}
+    return found.pop() if len(found) == 1 else None
 
 
 def is_model(thing: object) -> bool:

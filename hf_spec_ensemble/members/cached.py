@@ -54,15 +54,7 @@ class CachedMember(Member):
         self._prepared_cache_name, self._cache_name = cache_names(model)
         self.cache: Cache | None = given_cache(kwargs)
         self._owns_cache = self.cache is None
-        if self.cache is None:
-            self.cache = self.runner.new_cache()
-        self.cache.activate_past_recording()  # sliding-window layers keep what a roll-back may need
-        self._look_at_layers()
-
-        held = tokens_held(self.cache)
-        self._slots = self._prompt_slots(0, held)  # [B, S]
-        self.seen = self.settled = self.seen + held
-
+        self.begin_with(self.runner.new_cache() if self.cache is None else self.cache)
         self._snapshots = Snapshots(self._linear) if needs_snapshots(model) else None
         # Other caches may hold all tokens in every layer, behind the same masks
         own = self._owns_cache and self.runner.slots is None
@@ -70,6 +62,15 @@ class CachedMember(Member):
         self.windowed = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
         # The check of models finds out; without it, those that take no positions
         self.minds_hidden_slots = self._prompt_positions is None
+
+    def begin_with(self, cache: Cache) -> None:
+        """Takes a cache, which may hold the first tokens of the prompt. It has read none so far."""
+        self.cache = cache
+        self.cache.activate_past_recording()  # sliding-window layers keep what a roll-back may need
+        self._look_at_layers()
+        held = tokens_held(self.cache)
+        self._slots = self._prompt_slots(0, held)  # [B, S]
+        self.seen = self.settled = self.seen + held
 
     def _look_at_layers(self) -> None:
         """Sorts the cache's layers. Some models add layers in their first pass."""
@@ -174,6 +175,18 @@ class CachedMember(Member):
             for layer in filter(holds_keys, self._layers):
                 append_slots(layer, slots)
             self._slots = np.pad(self._slots, ((0, 0), (0, slots)), constant_values=MASKED)
+
+    def narrow(self, rows: int, prompt_length: int) -> None:
+        """
+        Goes on with its first rows alone, whose prompts have no more than so many tokens when hidden ones are left out.
+        """
+        self.reorder(torch.arange(rows))
+        left_out, slots = self.prompt_length - prompt_length, self._slots.shape[1]
+        order = (self._slots == SEEN).argsort(axis=1, kind="stable")[:, left_out:]
+        for layer in filter(holds_keys, self._layers):
+            pick_slots(layer, order, slots)
+        self._slots = np.take_along_axis(self._slots, order, axis=1)
+        self.prompt = self.prompt[:, left_out:]
 
     def release(self, length, copied=True):
         length = min(int(self.seen.min()), length)

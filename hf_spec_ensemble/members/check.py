@@ -178,7 +178,7 @@ class _Trial:
         own = member.prompt_length if member.model.config.is_encoder_decoder else PROMPT
         self.prompt_length = min(own, PROMPT) + self.padded
         self.kwargs = _source(model, member.kwargs, self.rows)
-        self.tolerance = _tolerance(model)
+        self.tolerance = tolerance_of(model)
         self.padding = 0.0  # the difference that padding makes
         self.has_read = False
         self.error = ""
@@ -258,7 +258,7 @@ class _Trial:
             raise _CannotRead(_in_short(error)) from error
         member, _ = self._begin(text, self.static, end=0)
         for end in (1, 2):
-            yield _difference(self._score(member, text, end), whole[:, [end]])
+            yield difference(self._score(member, text, end), whole[:, [end]])
 
     def _after_roll_back(self, text: torch.Tensor) -> Iterator[float]:
         """Several tokens at once and then one, after others were forgotten, in all rows alike."""
@@ -293,7 +293,7 @@ class _Trial:
             seen, logits = member.seen, self._score(member, text, end)
             for row, first in enumerate(seen):
                 wanted = whole[row, first + 1 : end + 1]
-                yield _difference(logits[row, : len(wanted)], wanted)
+                yield difference(logits[row, : len(wanted)], wanted)
 
     def _uncached(self, text: torch.Tensor) -> torch.Tensor:
         """The logits `[rows, K, V]` behind the prompt and every later token, without a cache."""
@@ -326,7 +326,7 @@ class _Trial:
             raise _CannotRead(_in_short(error)) from error
         self.has_read = True
         if self.padded and end == AFTER_PROMPT:
-            self.padding = _difference(logits[1, 1:], logits[0, :-1])
+            self.padding = difference(logits[1, 1:], logits[0, :-1])
         return member, logits
 
     def _text(self, number: int) -> torch.Tensor:
@@ -364,7 +364,7 @@ def _repeated(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return tensor[:1].expand(rows, *tensor.shape[1:]).contiguous()
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def tolerance_of(model: PreTrainedModel) -> float:
     """What rounding may explain where the model computes."""
     if getattr(model, "hf_quantizer", None) is not None:
         return TOLERANCE_IF_QUANTISED
@@ -372,7 +372,7 @@ def _tolerance(model: PreTrainedModel) -> float:
     return TOLERANCE if fast or model.dtype not in (torch.float32, torch.float64) else TOLERANCE_IN_FLOAT32
 
 
-def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Root mean square of the difference of logits `[..., V]` over their spread, where it is greatest."""
     got, wanted = got.double(), wanted.double()
     known = wanted.isfinite()  # the padding of a vocabulary may be -inf

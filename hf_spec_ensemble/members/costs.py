@@ -54,10 +54,6 @@ class PassCosts:
             self._measured_at[batch, width] = self._passes  # first: those who find samples look for it
             self._samples[batch, width] = (*self._samples.get((batch, width), ())[1 - SAMPLES :], seconds)
 
-    def knows(self, batch: int, width: int) -> bool:
-        """Whether passes of just this width were measured."""
-        return (batch, width) in self._samples
-
     def measured(self, batch: int, width: int) -> float | None:
         """
         Seconds of a pass of just this width: the lower quartile of what was measured, since what disturbs a measurement
@@ -101,9 +97,66 @@ class PassCosts:
                 return probed
         return None
 
+    def one_by_one(self, batch: int) -> float | None:
+        """What the standard ensemble takes for a token; `None` if nothing is known."""
+        return self.seconds(batch, 1)
+
+    def is_known(self, batch: int, width: int) -> bool:
+        """Whether passes over just this width were measured often enough for an estimate."""
+        return len(self._samples.get((batch, width), ())) >= ENOUGH
+
     def _fresh(self, batch: int, width: int) -> bool:
-        samples = self._samples.get((batch, width), ())
-        return len(samples) >= ENOUGH and self._passes - self._measured_at[batch, width] <= STALE
+        return self.is_known(batch, width) and self._passes - self._measured_at[batch, width] <= STALE
+
+
+class SharedCosts:
+    """
+    The costs of passes whose rows are those of several members: to who asks of B rows, what a pass over G * B costs.
+
+    Args:
+        costs (`PassCosts`): Of the model.
+        one_by_one (`list[PassCosts]`, G): Of the members' own passes.
+
+    Example:
+
+    >>> from hf_spec_ensemble.members.costs import PassCosts, SharedCosts
+
+    >>> costs = PassCosts()
+    >>> costs.add(1, 1, 0.05)
+    >>> costs.add(2, 1, 0.06)
+    >>> shared = SharedCosts(costs, [costs, costs])
+    >>> shared.seconds(1, 1), shared.one_by_one(1)
+    (0.06, 0.1)
+    """
+
+    def __init__(self, costs: PassCosts, one_by_one: Sequence[PassCosts]):
+        self._costs, self._one_by_one = costs, tuple(one_by_one)
+
+    def add(self, batch: int, width: int, seconds: float) -> None:
+        self._costs.add(self._rows(batch), width, seconds)
+
+    def is_known(self, batch: int, width: int) -> bool:
+        return self._costs.is_known(self._rows(batch), width)
+
+    def measured(self, batch: int, width: int) -> float | None:
+        return self._costs.measured(self._rows(batch), width)
+
+    def seconds(self, batch: int, width: int) -> float | None:
+        return self._costs.seconds(self._rows(batch), width)
+
+    def padded(self, batch: int, width: int) -> int:
+        return self._costs.padded(self._rows(batch), width)
+
+    def to_probe(self, batch: int, width: int) -> int | None:
+        return self._costs.to_probe(self._rows(batch), width)
+
+    def one_by_one(self, batch: int) -> float | None:
+        """As `PassCosts.one_by_one`, of all members."""
+        seconds = [costs.one_by_one(batch) for costs in self._one_by_one]
+        return None if None in seconds else sum(seconds)
+
+    def _rows(self, batch: int) -> int:
+        return batch * len(self._one_by_one)
 
 
 class _Kept:

@@ -9,6 +9,7 @@ from transformers.generation.candidate_generator import _prepare_token_type_ids
 
 from ..compat import CACHE_NAMES, forward_parameters
 from .adapters import lock_of
+from .costs import PassCosts
 from .placement import device_of
 from .runner import Runner
 from .stopwatch import Stopwatch
@@ -72,9 +73,21 @@ class Member:
         self.stopwatch = Stopwatch(self.device)
 
     @property
+    def costs(self) -> PassCosts:
+        """Of its passes."""
+        return self.runner.costs
+
+    @property
     def prompt_length(self) -> int:
         """P."""
         return self.prompt.shape[1]
+
+    @property
+    def counts_what_is_visible(self) -> bool:
+        """Whether the positions of the prompt's tokens are those that its mask gives."""
+        given, own = self._prompt_positions, self._visible_positions()
+        hidden = torch.from_numpy(~self.prompt_visible).to(self.device)
+        return given is None or (given.shape == own.shape and bool(((given == own) | hidden).all()))
 
     @property
     def in_step(self) -> bool:
@@ -172,10 +185,11 @@ class Member:
         """As given or, since the other members need not take the same arguments as the main model, from the mask."""
         if not self._takes(self._positions_name):
             return None
-        if given is None:
-            visible = self.prompt_visible
-            given = torch.from_numpy(np.where(visible, visible.cumsum(-1) - 1, 0)).to(self.device)
-        return given
+        return self._visible_positions() if given is None else given
+
+    def _visible_positions(self) -> torch.Tensor:
+        visible = self.prompt_visible
+        return torch.from_numpy(np.where(visible, visible.cumsum(-1) - 1, 0)).to(self.device)
 
     def _takes(self, argument: str) -> bool:
         """Whether the model's `forward` does."""

@@ -203,7 +203,7 @@ class Auto(Schedule):
     def _standard_seconds(self) -> float | None:
         """What a token costs the standard ensemble; `None` if that is not known."""
         costs = self.costs[: self.members]
-        known = all(one.knows(self.batch, 1) for one in costs)
+        known = all(one.is_known(self.batch, 1) for one in costs)
         return sum(one.measured(self.batch, 1) for one in costs) if known else None
 
     def _plan(self) -> None:

@@ -50,6 +50,28 @@ class Roles:
         first = min(range(len(members)), key=lambda i: sizes[members[i]])
         return cls(order, len(members), first, len(order) - 1 if len(order) > len(members) else first)
 
+    def sharing(self, groups: Sequence[Sequence[int]]) -> "Roles":
+        """
+        The roles where some members share passes, and so are one author, called by the first of them.
+
+        Args:
+            groups (`Sequence[Sequence[int]]`, K): Members by number, each in one group, in the order of the first ones.
+
+        Example:
+
+        >>> from hf_spec_ensemble.schedule.roles import Roles
+
+        >>> roles = Roles(order=(0, 1, 2, 3), members=3, first=2, proposer=3)
+        >>> roles.sharing([[0, 2], [1]])
+        Roles(order=(0, 1, 3), members=2, first=0, proposer=2)
+        """
+        leading = [group[0] for group in groups]
+        order = [self.order[author] for author in (*leading, *range(self.members, len(self.order)))]
+        by_member = {member: k for k, group in enumerate(groups) for member in group}
+        fewer = self.members - len(groups)
+        proposer = by_member.get(self.proposer, self.proposer - fewer)
+        return Roles(tuple(order), len(groups), by_member[self.first], proposer)
+
     def config(self, config: EnsembleConfig) -> EnsembleConfig:
         """The config of the members alone."""
         if config.weights is None or self.members == len(config.weights):

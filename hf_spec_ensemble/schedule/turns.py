@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 class Situation:
     """
     What a schedule decides on. There are A authors, those that propose: the N members, then perhaps a drafter.
+    Members that share passes are one here.
 
     Args:
         current (`int`, *optional*): The author that ran last; `None` before the first pass.

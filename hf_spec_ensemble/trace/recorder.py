@@ -111,14 +111,14 @@ class Recorder(NoRecord):
             members (`int`): Of them.
             lengths (`np.ndarray` `[B]`): Tokens of the rows' texts; what was verified behind their ends is left out.
             seconds (`float`), rule (`str`): As in `Trace`.
-            owners (`np.ndarray` `[B, T]`, *optional*): Numbers of the authors that tokens were drawn from.
+            owners (`np.ndarray` `[B, T]`, *optional*): The caller's numbers of the members that tokens were drawn from.
         """
 
         def called(thing: DraftTrace | PassTrace | None):
             return thing and replace(thing, author=order[thing.author])
 
         def owner(token: TokenTrace) -> int | None:
-            return None if owners is None else order[owners[token.row, token.position]]
+            return None if owners is None else int(owners[token.row, token.position])
 
         rows = [
             [replace(token, draft=called(token.draft), owner=owner(token)) for token in row[:length]]

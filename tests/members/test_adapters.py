@@ -115,6 +115,63 @@ def test_one_base_with_several_adapters_is_several_models(kind, batch, draw, spe
     assert state(model) == before
 
 
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("drafter", [None, "prompt_lookup", "base"])
+def test_adapters_mixed_in_a_pass_are_adapters_switched(drafter, batch, draw):
+    """As separate models with one adapter merged into each, and as the views say when they take turns."""
+    model = adapted("wrapped")
+    copies = [alone(model, name) for name in ("maths", "code", None)]
+    views = [se.with_adapter(model, name) for name in ("code", None)]
+    before = state(model)
+    settings = dict(num_assistant_tokens=3)
+    call = dict(
+        batch=batch, draw=draw, drafter=views[1] if drafter == "base" else drafter, return_dict_in_generate=True
+    )
+    mixed, switched = (generate(model, views, config=settings | dict(share_passes=share), **call) for share in BOTH)
+    assert mixed.stats.shared == [[0, 1, 2]] and switched.stats.shared == []
+    assert mixed.stats.forward_passes[0] <= 12 and mixed.stats.forward_passes[1:3] == [0, 0]
+    merged = generate(copies[0], copies[1:], config=settings, **call | dict(drafter=None))
+    assert mixed.sequences.tolist() == switched.sequences.tolist() == merged.sequences.tolist()
+    assert state(model) == before
+    assert not any(module._forward_pre_hooks for module in tuner_layers(model))
+
+
+def test_prompts_and_adapters_mix_too():
+    model = adapted("wrapped")
+    own, names = [prompts(3), prompts(3, 4, seed=4), prompts(1, 11, seed=11)], ("maths", "code", None)
+    views = [se.with_prompt(se.with_adapter(model, name), **own[i]) for i, name in ((1, "code"), (2, None))]
+    config = oracle.config_of("product", 3, share_passes=True)
+    call = dict(max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    out = model.generate(**own[0], assistant_model=views, ensemble_config=config, **call)
+    text, _ = oracle.greedy([alone(model, name) for name in names], own[0], "product", 10, prompts=own)
+    assert out.stats.shared == [[0, 1, 2]] and out.sequences.tolist() == text.tolist()
+
+
+@pytest.mark.parametrize("why", ["dora", "several active", "a module of its own"])
+def test_adapters_that_no_pass_mixes_take_turns(why):
+    config = {"dora": dict(use_dora=True), "a module of its own": dict(modules_to_save=["lm_head"])}.get(why, {})
+    model = adapted("wrapped", **config)
+    if why == "several active":
+        model.base_model.set_adapter(["maths", "code"])
+    others = [se.with_adapter(model, "code"), se.with_prompt(se.with_adapter(model, "code"), **prompts(1, 4))]
+    outs = [
+        generate(model, others, config=dict(num_assistant_tokens=2, share_passes=share), return_dict_in_generate=True)
+        for share in BOTH
+    ]
+    assert outs[0].sequences.tolist() == outs[1].sequences.tolist()
+    # Those with the same adapter need no mixing
+    assert outs[0].stats.shared == ([[0, 1, 2]] if why == "a module of its own" else [[1, 2]])
+
+
+def test_a_wrong_mixture_of_adapters_is_found_before_it_is_used(monkeypatch):
+    model = adapted("wrapped")
+    monkeypatch.setattr("hf_spec_ensemble.members.mixed.NO_ADAPTER", "maths")  # rows of the base get an adapter
+    views = [se.with_adapter(model, name) for name in ("code", None)]
+    out = generate(model, views, config=dict(num_assistant_tokens=2, share_passes=True), return_dict_in_generate=True)
+    assert out.stats.shared == []
+
+
 @pytest.mark.parametrize("speculative", BOTH)
 def test_the_standard_ensemble_of_views_is_the_formula(speculative):
     model = adapted("native")

@@ -186,7 +186,7 @@ def test_members_that_may_not_propose_do_not():
 @pytest.fixture
 def dice(monkeypatch):
     """Every decision is taken at random; gives those taken."""
-    rng, taken = random.Random(1), set()
+    rng, patience, taken = random.Random(0), random.Random(1), set()
 
     def proposes(self, situation, confidence):
         taken.add(decision := rng.random() < 0.7)
@@ -199,7 +199,7 @@ def dice(monkeypatch):
 
     for name, decide in (("proposes", proposes), ("next", next_), ("width", lambda *args: rng.choice([0, 3]))):
         monkeypatch.setattr(Auto, name, decide)
-    monkeypatch.setattr(Auto, "patient", property(lambda self: rng.random() < 0.3))
+    monkeypatch.setattr(Auto, "patient", property(lambda self: patience.random() < 0.3))
     return taken
 
 
