@@ -12,6 +12,7 @@ from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.padded import Ragged
 from ..members.costs import PassCosts
 from ..members.member import Member
+from ..members.prefill import Prefill
 from ..members.ranks import Ranks
 from ..members.stopwatch import Stopwatch
 from ..trace.recorder import NoRecord
@@ -106,6 +107,15 @@ class Author:
         raise NotImplementedError
 
     @property
+    def can_refill(self) -> bool:
+        """Whether a row can begin another text while others go on; known after the first pass."""
+        return True
+
+    def refill(self, row: int, prompt: list[int], prefill: Prefill | None) -> None:
+        """A row of the text has begun anew, with this prompt; a model has read its own."""
+        raise NotImplementedError
+
+    @property
     def seconds(self) -> float:
         """Spent in what it did, waiting for what is under way."""
         return self.stopwatch.seconds
@@ -164,7 +174,16 @@ class ModelAuthor(Author):
         unwanted = min(unwanted, int((end - np.maximum(member.seen, -1)).max()) - 1)
         logits = distribution.align(member.score(text.new, end, width, skip=unwanted))
         first, late = first + unwanted, late - unwanted
-        count = np.maximum(member.seen + 1 - first, 0) * reads
+        self._take(logits, have, first, late, np.maximum(member.seen + 1 - first, 0) * reads)
+
+    def _take(
+        self, logits: torch.Tensor, have: np.ndarray, first: np.ndarray, late: np.ndarray, count: np.ndarray
+    ) -> None:
+        """
+        Keeps what pending positions need of `logits[b, : count[b]]`, which predict positions from `first[b]` on, the
+        first `late[b]` of them final: behind the `have[b]` scores that a row has.
+        """
+        text, distribution = self.context.text, self.context.distribution
         scores = distribution.scores(logits, text.ids, text.place(first), count)
         evidence = distribution.evidence_of(scores)
         added = np.maximum(count - late, 0)
@@ -181,6 +200,20 @@ class ModelAuthor(Author):
     def _pass_on(self, row: int, position: int, probs: torch.Tensor, logits: torch.Tensor | None) -> None:
         """Gives scores `[V]` of a final position to who keeps them for the output."""
         self.context.final_scores.add(self.index, row, position, probs, None if self.logits is None else logits)
+
+    @property
+    def can_refill(self):
+        return self.member.can_refill
+
+    def refill(self, row, prompt, prefill):
+        text, batch = self.context.text, self.context.text.batch
+        nothing = np.zeros(batch, int)
+        logits = self.context.distribution.align(prefill.logits)  # [1, V]
+        rows = logits.new_zeros(batch, 1, logits.shape[-1])
+        rows[row] = logits
+        have = text.scored(self.member.seen) * (np.arange(batch) != row)
+        self.member.refill(row, prefill.reader)
+        self._take(rows, have, nothing, nothing, (np.arange(batch) == row).astype(int))
 
     def offer(self):
         """The next token of every open row of which it has seen all."""
@@ -267,7 +300,7 @@ class GeneratorAuthor(Author):
         self.stopwatch.start()
         for row in rows:
             end = int(text.total[row])
-            room, pending = text.max_new_tokens - end, text.drawn[row]
+            room, pending = int(text.max_new_tokens[row]) - end, text.drawn[row]
             tokens, self._logits[row] = self.drafter.draft(row, text.prefix(row, end), room, pending)
             stop = next((j + 1 for j, token in enumerate(tokens) if token in text.stop_tokens), None)
             drafts[row] = tokens[:stop]
@@ -335,6 +368,9 @@ class GeneratorAuthor(Author):
     def judged(self, row, kept):
         super().judged(row, kept)
         self.drafter.judged(row, kept)
+
+    def refill(self, row, prompt, prefill):
+        self.drafter.refill(row, prompt)
 
     def settle(self, outcome):
         text, fates = self.context.text, []
