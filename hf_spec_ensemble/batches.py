@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import CandidateGenerator, MaxTimeCriteria
 
+from .compat import given_cache
 from .config import EnsembleConfig
 from .decoding.call import Call
 from .decoding.drafter import PROMPT_LOOKUP
@@ -21,7 +22,7 @@ from .ensemble.grammar import holds_grammar
 from .ensemble.processing import flat, in_order_only
 from .integration import call_of
 from .members.adapters import is_model
-from .members.cache import can_roll_back
+from .members.cache import can_roll_back, without_fresh_static_cache
 from .members.prompts import model_of
 from .notices import warn_once
 
@@ -252,7 +253,8 @@ def _check_call(call: Call, prompts: int) -> None:
         raise ValueError("Encoder-decoder models are not supported here: use `generate()`, batch by batch.")
     if call.config.trace or call.returns("scores") or call.returns("logits"):
         raise ValueError(
-            "Texts alone are returned here: leave out `trace`, `output_scores` and `output_logits`, or use `generate()`."
+            "Texts alone are returned here: leave out `trace`, `output_scores` and `output_logits`, or use "
+            "`generate()`."
         )
     if (settings.num_return_sequences or 1) > 1:
         raise ValueError(
@@ -276,7 +278,7 @@ def _check_call(call: Call, prompts: int) -> None:
         raise ValueError("`max_time` is not supported here, where prompts wait for each other: leave it out.")
     if call.synced_gpus:
         raise ValueError("Weights sharded over processes are not supported here: load members whole.")
-    if not can_roll_back(call.model, call.cache):
+    if not can_roll_back(call.model, given_cache(without_fresh_static_cache(call.model_kwargs))):
         raise ValueError(f"A {type(call.cache).__name__} is not supported here: leave out `cache_implementation`.")
     for own in call.prompts:
         if own is not None and len(own.input_ids) not in (1, prompts):

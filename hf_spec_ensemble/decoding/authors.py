@@ -106,6 +106,9 @@ class Author:
         """
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """Makes its first pass, unless it has made it."""
+
     @property
     def can_refill(self) -> bool:
         """Whether a row can begin another text while others go on; known after the first pass."""
@@ -200,6 +203,10 @@ class ModelAuthor(Author):
     def _pass_on(self, row: int, position: int, probs: torch.Tensor, logits: torch.Tensor | None) -> None:
         """Gives scores `[V]` of a final position to who keeps them for the output."""
         self.context.final_scores.add(self.index, row, position, probs, None if self.logits is None else logits)
+
+    def begin(self):
+        if not self.passes:
+            self.run(int(self.unread().max()), 0)
 
     @property
     def can_refill(self):

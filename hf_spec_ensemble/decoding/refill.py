@@ -164,7 +164,11 @@ class Filler:
     def _begin(self) -> bool:
         """Takes the next prompt to a free row, if there are both."""
         free, authors = np.flatnonzero(~self.rows.unfinished), self.candidates_of.authors
-        if not len(free) or not self.queue.waiting or not all(author.can_refill for author in authors):
+        if not len(free) or not self.queue.waiting:
+            return False
+        for author in authors:
+            author.begin()
+        if not all(author.can_refill for author in authors):
             return False
         self._row, self._request = int(free[0]), self.queue.waiting.popleft()
         for author, place in zip(authors, self.order):
