@@ -17,11 +17,10 @@ from .decoding.drafter import PROMPT_LOOKUP
 from .decoding.refill import Queue, serve
 from .decoding.requests import Request
 from .decoding.suffixes import Suffixes
-from .decoding.validate import check_members, check_prompt
+from .decoding.validate import assistant_list, check_members, check_prompt
 from .ensemble.grammar import holds_grammar
 from .ensemble.processing import flat, in_order_only
 from .integration import call_of
-from .members.adapters import is_model
 from .members.cache import can_roll_back, without_fresh_static_cache
 from .members.prompts import model_of
 from .notices import warn_once
@@ -148,14 +147,14 @@ def generate_as_completed(
     prompts = _prompts(inputs)
     _check_size(batch_size)
     _check_arguments(kwargs)
-    assistants = [assistant_model] if is_model(assistant_model) else list(assistant_model or [])
+    assistants = assistant_list(assistant_model)
     check_members([model, *assistants], config, kwargs.get("drafter"))
     _check_drafter(config, kwargs)
     _check_prompts(prompts, [model, *assistants])
     arguments = kwargs | dict(assistant_model=assistants, generation_config=generation_config)
     calls = [_call(model, number, prompt, config, arguments) for number, prompt in enumerate(prompts)]
     if not calls:
-        return iter(())
+        return _results(None)
     first = replace(calls[0], config=replace(calls[0].config, speculative=config.speculative))
     _check_call(first, len(prompts))
     first.ranks.share_random_state(first.input_ids.device)
@@ -163,7 +162,9 @@ def generate_as_completed(
     return _results(Queue(first, requests, batch_size))
 
 
-def _results(queue: Queue) -> Iterator[EnsembleGenerationOutput]:
+def _results(queue: Queue | None) -> Iterator[EnsembleGenerationOutput]:
+    if queue is None:
+        return
     with closing(serve(queue)) as served:
         for request, tokens in served:
             yield EnsembleGenerationOutput(f"req_{request.number}", request.prompt, tokens, request.number)

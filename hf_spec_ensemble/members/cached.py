@@ -254,7 +254,8 @@ class CachedMember(Member):
         needed = int((self._slots != EMPTY).sum(1).max())
         full = self.runner.slots is not None and slots - unused + room > self.runner.slots
         pays = self.windowed or slots - unused - needed > max(16, COMPACT_AT * needed)
-        if (full or pays) and not self._linear and self._misaligned():
+        gains = slots - unused > needed or self._misaligned()
+        if (full or pays) and not self._linear and gains:
             self._compact(needed)
         pending = max(int((self.seen - self.settled).max()), 0)  # a member may lag behind what is settled
         for layer in self._sliding:
