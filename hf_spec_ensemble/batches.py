@@ -11,9 +11,9 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import CandidateGenerator, MaxTimeCriteria
 
 from .compat import given_cache
-from .config import EnsembleConfig
+from .config import AUTO, EnsembleConfig
 from .decoding.call import Call
-from .decoding.drafter import PROMPT_LOOKUP
+from .decoding.drafter import PROMPT_LOOKUP, chosen_drafter
 from .decoding.refill import Queue, serve
 from .decoding.requests import Request
 from .decoding.suffixes import Suffixes
@@ -148,10 +148,10 @@ def generate_as_completed(
     _check_size(batch_size)
     _check_arguments(kwargs)
     assistants = assistant_list(assistant_model)
-    check_members([model, *assistants], config, kwargs.get("drafter"))
-    _check_drafter(config, kwargs)
+    drafter = _drafter(kwargs.pop("drafter", AUTO), config)
+    check_members([model, *assistants], config, drafter)
     _check_prompts(prompts, [model, *assistants])
-    arguments = kwargs | dict(assistant_model=assistants, generation_config=generation_config)
+    arguments = kwargs | dict(assistant_model=assistants, drafter=drafter, generation_config=generation_config)
     calls = [_call(model, number, prompt, config, arguments) for number, prompt in enumerate(prompts)]
     if not calls:
         return _results(None)
@@ -221,16 +221,17 @@ def _check_arguments(given: dict[str, Any]) -> None:
             )
 
 
-def _check_drafter(config: EnsembleConfig, arguments: dict[str, Any]) -> None:
-    """Raises for a drafter that serves one row; leaves it out where nothing is proposed."""
-    drafter = arguments.get("drafter")
+def _drafter(drafter: Any, config: EnsembleConfig) -> Any:
+    """The one of all prompts; none where nothing is proposed. Raises for one that serves one text."""
+    drafter = chosen_drafter(drafter, config)
     if isinstance(model_of(drafter), CandidateGenerator) and not isinstance(drafter, Suffixes):
         raise ValueError(
             f"A {type(drafter).__name__} as `drafter` serves one text: use a model, {PROMPT_LOOKUP!r} or a `Suffixes`."
         )
     if drafter is not None and not config.speculative:
         warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
-        del arguments["drafter"]
+        return None
+    return drafter
 
 
 def _check_prompts(prompts: list[list[int]], members: Sequence[PreTrainedModel]) -> None:
