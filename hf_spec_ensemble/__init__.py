@@ -9,6 +9,7 @@ from . import (
     compat,  # noqa: F401  says what is wrong with the version of transformers before anything fails on it
     recipes,
 )
+from .batches import EnsembleGenerationOutput, generate_as_completed, generate_batch
 from .config import EnsembleConfig
 from .decoding.logits_process import EnsembleLogitsProcessor
 from .decoding.method import ensemble_decoding
@@ -29,6 +30,7 @@ __all__ = [
     "EnsembleConfig",
     "EnsembleDecoderOnlyOutput",
     "EnsembleEncoderDecoderOutput",
+    "EnsembleGenerationOutput",
     "EnsembleLogitsProcessor",
     "EnsembleStats",
     "FitResult",
@@ -42,6 +44,8 @@ __all__ = [
     "ensemble_card",
     "ensemble_decoding",
     "fit",
+    "generate_as_completed",
+    "generate_batch",
     "load_ensemble",
     "push_ensemble",
     "recipes",

@@ -3,14 +3,16 @@
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from .config import AUTO
+from .decoding.call import Call
 from .decoding.drafter import chosen_drafter
-from .decoding.method import ensemble_decoding
+from .decoding.method import checked_call, ensemble_decoding
 from .decoding.validate import assistant_list, check_inputs, check_members
 from .members.adapters import all_locks_of, is_model
 
@@ -62,10 +64,19 @@ def _encoding_members(model, assistant_models: list, drafter: Any = None, **_) -
     return [model, *assistant_models, *([drafter] if is_model(drafter) else [])] if encodes else []
 
 
-def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def call_of(model, **kwargs) -> Call:
+    """The call that `model.generate(**kwargs)` with an `ensemble_config` would decode, checked; reads no token."""
+    generate = _original or GenerationMixin.generate
+    return generate(model, **_ensemble_arguments(model, generate, (), kwargs, decode=checked_call))
+
+
+def _ensemble_arguments(
+    model, generate, args: tuple, kwargs: dict[str, Any], decode: Callable = ensemble_decoding
+) -> dict[str, Any]:
     """
-    The arguments for transformers' own `generate` that make it decode an ensemble. What it does not hand to a
-    `custom_generate` callable is bound to ours: the members, the streamer, and the tokenizer of stop strings.
+    The arguments for transformers' own `generate` that make it decode an ensemble, or do what else `decode` does. What
+    it does not hand to a `custom_generate` callable is bound to ours: the members, the streamer, and the tokenizer of
+    stop strings.
     """
     bound = inspect.signature(generate).bind(model, *args, **kwargs).arguments
     arguments = {name: value for name, value in bound.items() if name not in ("self", "kwargs")} | bound["kwargs"]
@@ -83,7 +94,7 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
     tokenizer = arguments.pop("tokenizer", None)
     _move_stop_strings(model, arguments, tokenizer)
     arguments["custom_generate"] = functools.partial(
-        ensemble_decoding,
+        decode,
         assistant_models=assistants,
         ensemble_config=config,
         drafter=drafter,

@@ -16,7 +16,8 @@ NAME = PACKAGE.name
 FLOORS = (
     ("bench", "demo", "tools", "cli", "harness", "theory"),  # the last three are aliases, for users alone
     ("__init__",),
-    ("hub", "recipes", "fitting"),
+    ("hub", "recipes"),
+    ("fitting", "batches"),
     ("integration",),
     ("decoding",),
     ("schedule",),

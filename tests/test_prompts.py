@@ -152,7 +152,7 @@ def test_drafters(kind):
         drafter = dict(drafter=kind)
     else:
         group.append(se.with_prompt(draft, **own[2]))
-        config = se.EnsembleConfig(weights=[*config.weights, 0.0])
+        config, drafter = se.EnsembleConfig(weights=[*config.weights, 0.0]), dict(drafter=None)
     out = generate(group, own[0], config, **drafter, return_dict_in_generate=True)
     assert out.sequences.tolist() == text
     assert len(out.stats.forward_passes) == 3
@@ -354,7 +354,7 @@ def test_costs_and_readings_are_the_models(monkeypatch):
 def test_the_trace_names_members_with_prompts():
     model, own = tiny("llama", seed=1), own_prompts(1, 3)
     config = oracle.config_of("weighted", 3, trace=True)
-    out = generate(views(model, own), own[0], config, return_dict_in_generate=True)
+    out = generate(views(model, own), own[0], config, drafter=None, return_dict_in_generate=True)
     names = out.trace.authors
     assert len(set(names)) == 3 and [("own prompt" in name) for name in names] == [False, True, True]
     assert out.trace.prompts[0] == own[0]["input_ids"][0, -len(out.trace.prompts[0]) :].tolist()

@@ -9,6 +9,7 @@ import torch
 
 from ..members.costs import PassCosts, SharedCosts
 from ..members.member import Member
+from ..members.prefill import Prefill
 from ..members.rows import SharedMember
 from ..members.stopwatch import Stopwatch
 from .drafter import GeneratorDrafter
@@ -69,6 +70,18 @@ class Author:
         Is told what a verification has come to, before the text changes. Gives confidence and fate of what it would
         have proposed and did not.
         """
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Makes its first pass, unless it has made it."""
+
+    @property
+    def can_refill(self) -> bool:
+        """Whether a row can begin another text while others go on; known after the first pass."""
+        return True
+
+    def refill(self, row: int, prompt: list[int], prefill: Prefill | None) -> None:
+        """A row of the text has begun anew, with this prompt; a model has read its own."""
         raise NotImplementedError
 
     @property
@@ -136,6 +149,26 @@ class ModelAuthor(Author):
         for _ in range(member.passes - passes - 1):
             self.context.recorder.ran(self.index)
         self.context.recorder.ran(self.index, first + late, np.maximum(count - late, 0))
+
+    def begin(self):
+        if not self.passes:
+            self.run(int(self.unread().max()), 0)
+
+    @property
+    def can_refill(self):
+        return self.member.can_refill
+
+    def refill(self, row, prompt, prefill):
+        text, batch = self.context.text, self.context.text.batch
+        nothing = np.zeros(batch, int)
+        logits = self.context.distribution.align(prefill.logits)  # [1, V]
+        rows = logits.new_zeros(batch, 1, logits.shape[-1])
+        rows[row] = logits
+        have = text.scored(self.member.seen) * (np.arange(batch) != row)
+        self.member.refill(row, prefill.reader)
+        for scores in self.scores:
+            scores.put(rows, have, nothing, (np.arange(batch) == row).astype(int), nothing)
+        self.context.recorder.ran(self.index)
 
     def offer(self):
         """The next token of every open row of which it has seen all."""
@@ -218,7 +251,7 @@ class GeneratorAuthor(Author):
         self.stopwatch.start()
         for row in rows:
             end = int(text.total[row])
-            room, pending = text.max_new_tokens - end, text.drawn[row]
+            room, pending = int(text.max_new_tokens[row]) - end, text.drawn[row]
             tokens, self._logits[row] = self.drafter.draft(row, text.prefix(row, end), room, pending)
             stop = next((j + 1 for j, token in enumerate(tokens) if token in text.stop_tokens), None)
             drafts[row] = tokens[:stop]
@@ -292,6 +325,9 @@ class GeneratorAuthor(Author):
     def judged(self, row, kept):
         super().judged(row, kept)
         self.drafter.judged(row, kept)
+
+    def refill(self, row, prompt, prefill):
+        self.drafter.refill(row, prompt)
 
     def settle(self, outcome):
         text, fates = self.context.text, []

@@ -11,12 +11,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..compat import encoded, given_cache, without_cache
 from ..config import EnsembleConfig
+from ..ensemble.processing import PositionwiseProcessor
 from ..members.adapters import is_model
 from ..members.placement import Placed, device_of
 from ..members.prompts import Prompt
 from ..members.ranks import Ranks
 from ..members.runner import Running
+from .drawing import Greedy, drawing_rule
 from .names import names_of
+from .text import Text
 
 
 @dataclass
@@ -110,6 +113,18 @@ class Call:
     def repeats(self) -> int:
         """How many rows there are for each prompt."""
         return max(self.generation_config.num_beams or 1, self.generation_config.num_return_sequences or 1)
+
+    def text(self) -> Text:
+        """Of its rows, before the first new token."""
+        return Text(self.input_ids.long(), self.max_new_tokens, self.stop_tokens)
+
+    def process(self, text: Text) -> PositionwiseProcessor:
+        """What its logits processors do to pending positions of this text."""
+        return PositionwiseProcessor(self.logits_processor, pad_token_id=self.pad_token_id)
+
+    def drawing(self, config: EnsembleConfig) -> Greedy:
+        """The rule by which it draws, for a config of the members alone."""
+        return drawing_rule(self.generation_config.do_sample, config)
 
     def inputs_of(self, places: Sequence[int]) -> list[tuple[torch.Tensor, dict]]:
         """

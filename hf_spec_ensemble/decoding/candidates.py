@@ -1,5 +1,6 @@
 """EnsembleCandidateGenerator: lets authors run and propose until something can be verified, and settles that."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -7,8 +8,10 @@ import torch
 from transformers.generation import AssistedCandidateGenerator
 
 from ..ensemble.padded import Ragged, window
+from ..members.prefill import Prefill
 from ..schedule.turns import Schedule, Situation
 from .authors import Author, ModelAuthor
+from .requests import Request
 from .scores import Context, MemberScores
 from .settling import All, Enough, Owner, OwnerAmongAll
 from .text import Outcome
@@ -145,6 +148,15 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         """The share of tokens for which rows waited for all members, as the schedule wanted."""
         return self._waited[True] / max(sum(self._waited), 1)
 
+    def refill(self, row: int, request: Request, prefills: Sequence[Prefill | None]) -> None:
+        """Begins the next text in a row whose text has ended; of every model among the authors, with what it read."""
+        self.text.refill(row, request.number, request.prompt, request.max_new_tokens)
+        self.context.drawing.numbers = self.text.numbers
+        self.context.distribution.process.refill(row, request.process)
+        self.stuck[row] = False
+        for author, prefill in zip(self.authors, prefills):
+            author.refill(row, request.prompt, prefill)
+
     def take_times(self, wait: bool = False) -> None:
         """Passes on how long authors took, perhaps waiting for what is still under way."""
         for author in self.authors:
@@ -234,7 +246,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         lost = np.flatnonzero(self.stuck & self.text.behind)
         if len(lost):
             row = int(lost[0])
-            place = f"New token {int(self.text.final[row]) + 1} of row {row}"
+            place = f"New token {int(self.text.final[row]) + 1} of {self.text.named(row)}"
             raise self.context.distribution.fault(row, *self.settling.blamed(self.members, row), place)
 
     def _judge(self, proposed: np.ndarray, accepted: np.ndarray) -> None:

@@ -34,7 +34,7 @@ class GeneratorDrafter:
     """
 
     def __init__(self, generators: list[CandidateGenerator], vocab_size: int, on_host: bool = False):
-        self.generators = generators
+        self.generators = generators  # which keep nothing of a text, where rows are refilled
         self.on_host = on_host
         self.vocab_size = vocab_size
         self.stopwatch = Stopwatch(torch.device("cpu"))
@@ -71,6 +71,10 @@ class GeneratorDrafter:
         """Tells the generator how many of the last tokens it proposed were kept, as transformers' loop does."""
         scores = ids.new_empty(1, proposed + 1, 0)  # [1, candidates + 1, 0]: only the number is looked at
         self.generators[row].update_candidate_strategy(ids, scores, kept)
+
+    def refill(self, row: int, prompt: list[int]) -> None:
+        """Another text begins in a row."""
+        self.trust[row], self.watched[row] = 0.5, (0, [], 0.0)
 
     def confidence(self, row: int) -> float:
         """How sure it is of what it drafted last for a row, in [0, 1]."""
@@ -117,6 +121,7 @@ class SuffixDrafter(GeneratorDrafter):
 
     def __init__(self, suffixes: Suffixes, prompts: list[list[int]], vocab_size: int):
         super().__init__([None] * len(prompts), vocab_size)
+        self.suffixes = suffixes
         self.texts = [suffixes.text(prompt) for prompt in prompts]
         self._confidence = [0.0] * len(prompts)
 
@@ -132,6 +137,10 @@ class SuffixDrafter(GeneratorDrafter):
 
     def settle(self, row, ids, proposed, kept):
         pass
+
+    def refill(self, row, prompt):
+        super().refill(row, prompt)
+        self.texts[row] = self.suffixes.text(prompt)
 
     def learn(self, row, tokens):
         self.texts[row].extend(tokens)

@@ -29,7 +29,7 @@ from .verify import (
 )
 
 
-KEPT = 16  # positions whose noise is kept; what is needed again later is made again
+KEPT = 16  # positions of each row whose noise is kept; what is needed again later is made again
 
 
 class Greedy:
@@ -57,7 +57,13 @@ class Gumbel:
     def __init__(self):
         # The only draw from torch's global generator: all noise follows from it
         self.seed = int(torch.randint(2**63 - 1, ()))
-        self._noise: dict[int, torch.Tensor] = {}  # [B, V] by position: drawn with first, then verified with
+        self.numbers: np.ndarray | None = None  # [B], what rows' noise is keyed by, if not by their own numbers
+        # Made with first, then verified with: places [M], ascending, and their noise [M, V]; oldest first
+        self._kept: list[tuple[np.ndarray, torch.Tensor]] = []
+
+    def keys(self, batch: int) -> np.ndarray:
+        """What noise is keyed by in each of so many rows, besides the position."""
+        return np.arange(batch) if self.numbers is None else self.numbers
 
     def propose(self, q, position):
         return (q / self._noise_at(position, q)).argmax(-1)
@@ -72,21 +78,31 @@ class Gumbel:
 
     def _noise_at(self, position: np.ndarray, like: torch.Tensor) -> torch.Tensor:
         """The noise `[B, V]` of one position in each row."""
-        noise = self._noise_of(int(position[0]), like)
-        for other in set(position.tolist()) - {int(position[0])}:
-            there = torch.from_numpy(position == other).to(like.device)[:, None]
-            noise = torch.where(there, self._noise_of(other, like), noise)
+        places = (self.keys(len(like)) << 32) + position
+        noise, missing = torch.empty_like(like), np.ones(len(places), bool)
+        for kept, values in reversed(self._kept):
+            index = np.minimum(np.searchsorted(kept, places), len(kept) - 1)
+            there = missing & (kept[index] == places)
+            if there.all() and (index == np.arange(len(kept))).all():
+                return values
+            self._fill(noise, there, values, index[there])
+            missing &= ~there
+            if not missing.any():
+                return noise
+        made = np.sort(places[missing])
+        values = exponential_noise(self.seed, made >> 32, made & (2**32 - 1), like.shape[-1], like.dtype, like.device)
+        self._kept.append((made, values))
+        while sum(len(kept) for kept, _ in self._kept) > KEPT * len(places):
+            del self._kept[0]
+        self._fill(noise, missing, values, np.searchsorted(made, places[missing]))
         return noise
 
-    def _noise_of(self, position: int, like: torch.Tensor) -> torch.Tensor:
-        """The noise `[B, V]` of the same position in all rows."""
-        if position not in self._noise:
-            rows = np.arange(len(like))
-            where = np.full_like(rows, position)
-            self._noise[position] = exponential_noise(self.seed, rows, where, like.shape[-1], like.dtype, like.device)
-            if len(self._noise) > KEPT:
-                del self._noise[next(iter(self._noise))]
-        return self._noise[position]
+    @staticmethod
+    def _fill(noise: torch.Tensor, rows: np.ndarray, values: torch.Tensor, index: np.ndarray) -> None:
+        """Puts `values[index]` into these rows `[B]`, as many as are true."""
+        if len(index):
+            rows, index = (torch.from_numpy(x).to(noise.device) for x in (np.flatnonzero(rows), index))
+            noise[rows] = values[index]
 
 
 class Ancestral(Gumbel):
@@ -104,8 +120,8 @@ class Ancestral(Gumbel):
 
     def owners(self, position: np.ndarray) -> np.ndarray:
         """The members, numbered from 0, that own positions `[B]` or `[B, K]` of the rows."""
-        rows = np.arange(len(position)).reshape(-1, *[1] * (position.ndim - 1))
-        return mixture_owners(self.seed, rows, position, self.weights)
+        numbers = self.keys(len(position)).reshape(-1, *[1] * (position.ndim - 1))
+        return mixture_owners(self.seed, numbers, position, self.weights)
 
 
 def owned(owners: np.ndarray, lengths: np.ndarray, members: int) -> list[int]:

@@ -13,7 +13,6 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ..compat import given_cache
 from ..config import AUTO, EnsembleConfig
 from ..members.adapters import is_model
 from ..members.cache import (
@@ -105,6 +104,37 @@ def ensemble_decoding(
     >>> out.shape
     torch.Size([1, 7])
     """
+    call = checked_call(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
+        assistant_models, ensemble_config, drafter, inputs_tensor, media, **model_kwargs,
+    )  # fmt: skip
+    call.ranks.share_random_state(input_ids.device)
+    keep_whole_source(call.cache)
+    decode = speculative if call.config.speculative else standard
+    with restored_on_error(call.cache):
+        output = decode(call)
+    if tokenizer is not None and isinstance(getattr(output, "trace", None), Trace):  # a tensor has a `trace` too
+        output.trace = output.trace.with_tokenizer(tokenizer)
+    return output
+
+
+def checked_call(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    assistant_models: PreTrainedModel | list[PreTrainedModel] | None = None,
+    ensemble_config: EnsembleConfig | None = None,
+    drafter: PreTrainedModel | str | Suffixes | CandidateGenerator | None = AUTO,
+    inputs_tensor: torch.Tensor | None = None,
+    media: dict[str, torch.Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **model_kwargs,
+) -> Call:
+    """What `ensemble_decoding` decodes, whose arguments and errors these are. Nothing is read yet."""
     assistants = assistant_list(assistant_models)
     config = ensemble_config or EnsembleConfig()
     drafter = chosen_drafter(drafter, config)
@@ -118,16 +148,7 @@ def ensemble_decoding(
     check_media([m for m, own in zip(models[1:], prompts[1:]) if own is None], encoded, media, model_kwargs)
 
     synced_gpus = check_sharding(models, config, synced_gpus)
-    ranks = ranks_of(models)
-    ranks.share_random_state(input_ids.device)
-    keep_whole_source(given_cache(model_kwargs))
-    decode = speculative if config.speculative else standard
-    call = Call(
+    return Call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-        prompts, config, drafter, inputs_tensor, media, ranks, model_kwargs,
+        prompts, config, drafter, inputs_tensor, media, ranks_of(models), model_kwargs,
     )  # fmt: skip
-    with restored_on_error(call.cache):
-        output = decode(call)
-    if tokenizer is not None and isinstance(getattr(output, "trace", None), Trace):  # a tensor has a `trace` too
-        output.trace = output.trace.with_tokenizer(tokenizer)
-    return output

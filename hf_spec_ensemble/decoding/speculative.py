@@ -1,7 +1,8 @@
 """The speculative ensemble: prepare, loop, report."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 
 from ..compat import OUTPUT_CACHE, given_cache
 from ..ensemble.distribution import EnsembleDistribution
-from ..ensemble.processing import PositionwiseProcessor
 from ..members.cache import can_roll_back, decoder_layers, without_fresh_static_cache
 from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
@@ -30,11 +30,12 @@ from .authors import Author, GeneratorAuthor, ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drafter import PROMPT_LOOKUP, drafter_for
-from .drawing import Ancestral, drawing_rule, owned
+from .drawing import Ancestral, owned
 from .expected import expected_speedup
 from .final_scores import FinalScores
 from .names import kept_name, titles_of
 from .output import EnsembleStats, Transcript, output_class
+from .requests import Rows
 from .scores import Context, MemberScores
 from .settling import All, Enough, Owner, settling_rule
 from .sharing import Readers, share_passes
@@ -45,14 +46,12 @@ from .validate import check_prompt, shared_vocabulary
 
 def speculative(call: Call):
     """Decodes a call; returns what `ensemble_decoding` does."""
-    roles = Roles.of(
-        call.config, [m.num_parameters() for m in [call.model, *call.assistants]], call.drafter is not None
-    )
-    candidates_of, readers = _prepare(call, roles)
+    roles, readers, candidates_of = prepare(call)
     final_scores = candidates_of.context.final_scores
     transcript = Transcript(call, final_scores, _teller(call, roles, candidates_of.text))
     start = time.perf_counter()
-    _decode(candidates_of, transcript)
+    for _ in rounds(candidates_of, transcript):
+        pass
     if final_scores is not None:
         for author in candidates_of.readers:
             author.catch_up()
@@ -79,8 +78,8 @@ def _teller(call: Call, roles: Roles, text: Text) -> Callable[[int], None] | Non
     return lambda position: call.streamer.put_marks([mark(fates, position) for fates in text.fates])
 
 
-def _decode(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -> None:
-    """The loop."""
+def rounds(candidates_of: EnsembleCandidateGenerator, transcript: Transcript | Rows) -> Iterator[None]:
+    """The loop. Between its rounds rows may be refilled."""
     text, drawing = candidates_of.text, candidates_of.context.drawing
     while transcript.unfinished.any():
         # 1. Let members propose and score, until enough of them have scored some position
@@ -95,10 +94,15 @@ def _decode(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -
         transcript.add(gained, scores=candidates.log_r, logits=candidates.logits)
         transcript.commit(text.ids, text.place(text.final))
         text.retire(transcript.wanted)
+        yield
 
 
-def _prepare(call: Call, roles: Roles) -> tuple[EnsembleCandidateGenerator, Readers]:
+def prepare(call: Call) -> tuple[Roles, Readers, EnsembleCandidateGenerator]:
+    """What a call is decoded with, checked. Not `speculative`, it is the standard ensemble: nothing is proposed."""
     models, config = call.models, call.config
+    roles = Roles.of(config, [m.num_parameters() for m in [call.model, *call.assistants]], call.drafter is not None)
+    if not config.speculative:
+        roles = replace(roles, order=roles.order[: roles.members])
     check_prompt(call.input_ids, [models[i] for i in roles.order[: roles.members]])
     input_ids = call.input_ids.long()  # as transformers' loops return them, whatever they were
     each = _members(call, roles)
@@ -106,24 +110,25 @@ def _prepare(call: Call, roles: Roles) -> tuple[EnsembleCandidateGenerator, Read
     vocabulary = shared_vocabulary([member.model for member in members])
     for drafter in each[roles.members :]:
         drafter.read_as_if_known(vocabulary[0])
+    text = call.text()
     distribution = EnsembleDistribution(
         roles.config(config),
-        PositionwiseProcessor(call.logits_processor, pad_token_id=call.pad_token_id),
+        call.process(text),
         vocabulary,
         input_ids.device,
         titles_of(models, roles.order[: roles.members]),
     )
-    drawing = drawing_rule(call.generation_config.do_sample, distribution.config)
+    drawing = call.drawing(distribution.config)
     wanted = call.returns("scores"), call.returns("logits")
     in_step = len(input_ids) > 1 and any(member.in_step for member in each)
     # Rows in step could not read at the end, each for itself, what they have not read
-    complete = call.shows_scores or (in_step and any(wanted))
+    complete = call.shows_scores or (in_step and any(wanted)) or not config.speculative
     # Whether a lead is enough may depend on the last bits, which differ between processes
     complete |= isinstance(call.ranks, Together) and not call.generation_config.do_sample
     settling = settling_rule(drawing, distribution.config, len(input_ids), complete)
     late = any(wanted) and not settling.complete
     context = Context(
-        Text(input_ids, call.max_new_tokens, call.stop_tokens),
+        text,
         distribution,
         drawing,
         Recorder(input_ids) if config.trace else NoRecord(),
@@ -143,8 +148,9 @@ def _prepare(call: Call, roles: Roles) -> tuple[EnsembleCandidateGenerator, Read
         costs = remembered([call.model], ("drafter", kept_name(call.drafter)), PassCosts)
         authors.append(GeneratorAuthor(len(authors), context, drafter, costs, dtype))
     schedule = led(_schedule(call, seats, authors, settling, readers), call.ranks)
-    keep_scores = wanted[0] and not late
-    return EnsembleCandidateGenerator(context, authors, seats.members, schedule, settling, keep_scores), readers
+    keeps_scores = wanted[0] and not late
+    candidates_of = EnsembleCandidateGenerator(context, authors, seats.members, schedule, settling, keeps_scores)
+    return roles, readers, candidates_of
 
 
 def _members(call: Call, roles: Roles) -> list[Member]:
@@ -160,7 +166,7 @@ def _members(call: Call, roles: Roles) -> list[Member]:
         member_of(models[i], kwargs, ids, runners[i])
         for i, (ids, kwargs) in ((i, prepared[i]) for i in roles.order if i < len(models))
     ]
-    for reader in readers:
+    for reader in readers if call.config.speculative else ():
         _check_roll_back(reader)
     if call.config.check_members:
         check_reading(readers, speculative=True, ranks=call.ranks, new_tokens=call.max_new_tokens)
@@ -184,7 +190,7 @@ def _schedule(
     config, batch = call.config, len(call.input_ids)
     models = [author.member for author in authors if isinstance(author, ModelAuthor)]
     at_once = len(models) if len(models) < len(authors) else None
-    lengths = seats.lengths(config)
+    lengths = seats.lengths(config) if config.speculative else (0,) * seats.members
     if lengths is not None:
         return Turns(lengths, seats.first, seats.members, at_once)
     ensemble = (

@@ -68,18 +68,33 @@ class Text:
     The rows' new tokens: final ones, then those that are pending, that is proposed and not verified. Positions count
     new tokens, from 0; counts are numpy integers `[B]`. Authors read their own prompts, then these.
 
-    State: all of it is here, and is changed by `append`, `settle` and `retire`, which `EnsembleCandidateGenerator`
-    calls. Everyone else reads.
+    Rows are those of one call, which share its prompt's length and wait for each other, or each is a call of its own
+    (`apart`): then its prompt begins where it `starts`, and when its text has ended it can be given another.
+
+    State: all of it is here, and is changed by `append`, `settle`, `retire` and `refill`, which
+    `EnsembleCandidateGenerator` and the loop call. Everyone else reads.
 
     Args:
         prompt (`torch.LongTensor` `[B, P]`): The main model's, which logits processors and drafters see.
-        max_new_tokens (`int`): Of the longest text.
+        max_new_tokens (`int` or `np.ndarray` `[B]`): Of the longest text, or of each row's.
         stop_tokens (`Collection[int]`): Tokens after which nothing is proposed.
+        starts (`np.ndarray` `[B]`, *optional*): Of rows that are apart, where in `prompt` their own begins.
+        numbers (`np.ndarray` `[B]`, *optional*): Of these, the prompts'.
     """
 
-    def __init__(self, prompt: torch.Tensor, max_new_tokens: int, stop_tokens: Collection[int] = ()):
+    def __init__(
+        self,
+        prompt: torch.Tensor,
+        max_new_tokens: int | np.ndarray,
+        stop_tokens: Collection[int] = (),
+        starts: np.ndarray | None = None,
+        numbers: np.ndarray | None = None,
+    ):
         batch, self.prompt_length = prompt.shape
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = np.zeros(batch, int) + max_new_tokens
+        self.apart = starts is not None
+        self.starts = starts if self.apart else np.zeros(batch, int)
+        self.numbers = numbers if self.apart else np.arange(batch)
         self.stop_tokens = frozenset(stop_tokens)
         self.ids = prompt  # [B, >= P + max(total)]: the prompts, then the new tokens
         self.final = np.zeros(batch, int)
@@ -119,8 +134,8 @@ class Text:
 
     @property
     def behind(self) -> np.ndarray:
-        """Rows `[B]` that have fewest final tokens of those that go on."""
-        return self.final == self.final[self.active].min()
+        """Rows `[B]` that have fewest final tokens of those that go on; of those that are apart, all."""
+        return self.apart | (self.final == self.final[self.active].min())
 
     def place(self, position: np.ndarray) -> np.ndarray:
         """Where in `ids` these positions stand."""
@@ -132,7 +147,11 @@ class Text:
 
     def prefix(self, row: int, end: int) -> torch.Tensor:
         """The prompt and the first `end` new tokens of a row, `[1, P + end]`."""
-        return self.ids[row : row + 1, : self.prompt_length + end]
+        return self.ids[row : row + 1, int(self.starts[row]) : self.prompt_length + int(end)]
+
+    def named(self, row: int) -> str:
+        """What messages call a row."""
+        return f"prompt {int(self.numbers[row])}" if self.apart else f"row {row}"
 
     def ends(self, outcome: Outcome) -> np.ndarray:
         """Rows `[B]` whose text is over with what they gain."""
@@ -171,6 +190,18 @@ class Text:
         """Goes on only with rows `[B]` that are wanted and not at their end."""
         self.active = wanted & ~(self._sealed & (self.final == self.total))
 
+    def refill(self, row: int, number: int, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Begins another text in a row, which is apart, with a prompt of at most P tokens."""
+        start = self.prompt_length - len(prompt)
+        self.ids[row, start : self.prompt_length] = self.ids.new_tensor(prompt)
+        self.pending[row], self.drawn[row], self.fates[row] = [], [], []
+        here = np.arange(self.batch) == row
+        self.starts, self.numbers = np.where(here, start, self.starts), np.where(here, number, self.numbers)
+        self.max_new_tokens = np.where(here, max_new_tokens, self.max_new_tokens)
+        self.final, self.total = (np.where(here, 0, length) for length in (self.final, self.total))
+        self._sealed, self._barred = self._sealed & ~here, self._barred & ~here
+        self.active = self.active | here
+
     def _put(self, tokens: torch.Tensor, rows: np.ndarray, position: np.ndarray) -> None:
         """Writes `tokens[b]` at `position[b]` in some rows."""
         if not len(rows):
@@ -188,7 +219,7 @@ class Text:
         """Makes room in `ids` for so many tokens: twice what is needed, so that few copies are made."""
         have = self.ids.shape[1]
         if length > have:
-            longest = self.prompt_length + self.max_new_tokens
+            longest = self.prompt_length + int(self.max_new_tokens.max())
             self.ids = torch.nn.functional.pad(self.ids, (0, min(max(2 * length, ROOM), longest) - have))
 
     def _seal(self, changed: np.ndarray, tokens: Sequence[int]) -> None:

@@ -99,8 +99,12 @@ def remove_last(layers: Sequence[CacheLayerMixin | LinearAttentionLayer], slots:
         torch._foreach_sub_(lengths, slots)
 
 
-def append_slots(layer: DynamicLayer, slots: int) -> None:
+def append_slots(layer: CacheLayerMixin, slots: int) -> None:
     """Adds slots that hold nothing."""
+    if isinstance(layer, (StaticLayer, DynamicSlidingWindowLayer)):
+        layer.cumulative_length += slots
+    if isinstance(layer, StaticLayer):
+        return
     for name in ("keys", "values"):
         states = getattr(layer, name)  # [B, heads, S, D]
         nothing = states.new_zeros(*states.shape[:2], slots, states.shape[3])
@@ -129,6 +133,17 @@ def pick_slots(layer: CacheLayerMixin, order: np.ndarray, slots: int) -> None:
         layer.cumulative_length.fill_(length)
     elif isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length
+
+
+def put_last(layer: CacheLayerMixin, row: int, source: CacheLayerMixin, length: int, slots: int) -> None:
+    """
+    Lets the last of a layer's `slots`, in one row, hold what the last `length` slots of a growing layer of one row do,
+    as far as both hold these.
+    """
+    held = slots if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
+    length = min(length, held, source.keys.shape[-2])
+    for name in ("keys", "values"):
+        getattr(layer, name)[row, :, held - length : held] = getattr(source, name)[0, :, -length:]
 
 
 def cut_to_window(layer: DynamicSlidingWindowLayer, pending: int) -> None:

@@ -5,7 +5,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
 from ..compat import cache_names, given_cache, without_cache
 from ..ensemble.padded import columns, window
@@ -16,6 +21,7 @@ from .cache import (
     decoder_layers,
     holds_keys,
     pick_slots,
+    put_last,
     remove_last,
     tokens_held,
 )
@@ -87,6 +93,11 @@ class CachedMember(Member):
         return self.minds_hidden_slots or bool(self._linear)
 
     @property
+    def can_refill(self):
+        kinds = DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+        return not self.in_step and all(type(layer) in kinds or not holds_keys(layer) for layer in self._layers)
+
+    @property
     def visible(self):
         return self._slots == SEEN
 
@@ -106,48 +117,49 @@ class CachedMember(Member):
 
     def _read(self, new: torch.Tensor, end: np.ndarray, width: int = 0, skip: int = 0) -> torch.Tensor:
         """A forward pass; see `score`."""
-        first_pass = self.passes == 0
+        of_prompt = bool(self.seen[0] < 0)
         count = np.maximum(end - self.seen, 0)
         needed = int(count.max())
         width = max(needed, width)
-        if not first_pass:
+        if not of_prompt:
             width = self.runner.width(width)
         self._tidy(room=width)
         index = columns(self.seen, width)  # [B, W]
         real = index < end[:, None]
         slots = np.where(real, SEEN, EMPTY).astype(np.int8)
-        if first_pass:
-            unread = -int(self.seen[0])  # tokens of the prompt
-            slots[:, :unread] = self._prompt_slots(self.prompt_length - unread, self.prompt_length)
-            tokens = window(self._text(new, int(end.max())), self.seen + self.prompt_length, width)
+        if of_prompt:
+            unread = min(-int(self.seen[0]), width)  # tokens of the prompt
+            first = self.prompt_length + int(self.seen[0])
+            slots[:, :unread] = self._prompt_slots(first, first + unread)
+            tokens = window(self._text(new, max(int(end.max()), 0)), self.seen + self.prompt_length, width)
         else:
             tokens = window(new, self.seen, width)
         # Padding behind a row's tokens need not be hidden from them: attention is causal
-        ahead = slots == SEEN if first_pass else np.ones_like(real)
+        ahead = slots == SEEN if of_prompt else np.ones_like(real)
         visible = np.concatenate([self.visible, ahead], axis=1)  # [B, S + W]
 
         inputs = self._inputs(
             tokens,
             visible,
             positions=np.minimum(index, (end - 1)[:, None]),
-            masked=not first_pass and self.runner.slots is not None,  # graphs are for one kind of inputs
+            masked=not of_prompt and self.runner.slots is not None,  # graphs are for one kind of inputs
             use_cache=True,
-            is_first_iteration=first_pass,
+            is_first_iteration=of_prompt,
             **{self._prepared_cache_name: self.cache},
         )
         if inputs.get(self._cache_name) is not self.cache:  # by another name, or dropped for long texts (Phi-3)
             inputs = {**without_cache(inputs), self._cache_name: self.cache}
-        keep = width - (unread - 1 if first_pass else 0)
+        keep = width - (unread - 1 if of_prompt else 0)
         left_out = 0 if self.runner.shapes_fixed else skip
         keep -= left_out
         if self._takes_logits_to_keep:
             inputs["logits_to_keep"] = keep
         with self._lock, self._within_windows():
             self.stopwatch.start()
-            logits, as_usual = self.runner.run(inputs, 0 if first_pass else width)
+            logits, as_usual = self.runner.run(inputs, 0 if of_prompt else width)
             self.stopwatch.stop(width if as_usual else None)
         logits = logits[:, -keep:]
-        if first_pass:
+        if of_prompt:
             self._look_at_layers()
 
         self._slots = np.concatenate([self._slots, slots], axis=1)
@@ -187,6 +199,29 @@ class CachedMember(Member):
             pick_slots(layer, order, slots)
         self._slots = np.take_along_axis(self._slots, order, axis=1)
         self.prompt = self.prompt[:, left_out:]
+
+    def prefill(self, prompt, mask):
+        reader = CachedMember(self.model, {**self.kwargs, self._mask_name: mask}, prompt)
+        reader.stopwatch, reader._last_token = self.stopwatch, self._last_token
+        return reader
+
+    def refill(self, row, reader):
+        here = np.arange(len(self.seen)) == row
+        self._slots = np.where(here[:, None], EMPTY, self._slots).astype(np.int8)
+        self._tidy()
+        length = reader._slots.shape[1] - int((reader._slots[0] == SEEN).argmax())  # but for padding on the left
+        missing = max(length - self._slots.shape[1], 0)
+        self._slots = np.pad(self._slots, ((0, 0), (0, missing)), constant_values=EMPTY)
+        for layer, source in zip(self._layers, reader._layers):
+            if holds_keys(layer):
+                append_slots(layer, missing)
+                put_last(layer, row, source, length, self._slots.shape[1])
+        self._slots[row, -length:] = reader._slots[0, -length:]
+        if self._prompt_positions is not None:  # of which only the last is looked at any more
+            self._prompt_positions = self._prompt_positions.clone()
+            self._prompt_positions[..., row, -1] = reader._prompt_positions[..., 0, -1]
+        self.seen, self.settled = (np.where(here, 0, count) for count in (self.seen, self.settled))
+        self.passes += reader.passes
 
     def release(self, length, copied=True):
         length = min(int(self.seen.min()), length)
@@ -232,7 +267,8 @@ class CachedMember(Member):
         needed = int((self._slots != EMPTY).sum(1).max())
         full = self.runner.slots is not None and slots - unused + room > self.runner.slots
         pays = self.windowed or slots - unused - needed > max(16, COMPACT_AT * needed)
-        if (full or pays) and not self._linear and self._misaligned():
+        gains = slots - unused > needed or self._misaligned()
+        if (full or pays) and not self._linear and gains:
             self._compact(needed)
         pending = max(int((self.seen - self.settled).max()), 0)  # a member may lag behind what is settled
         for layer in self._sliding:

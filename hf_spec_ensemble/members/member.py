@@ -95,6 +95,11 @@ class Member:
         return False
 
     @property
+    def can_refill(self) -> bool:
+        """Whether one row can begin another text while the others go on; known after the first pass."""
+        return False
+
+    @property
     def visible(self) -> np.ndarray:
         """Which of the places `[B, S]` of the text, or of its cache, attention may see."""
         raise NotImplementedError
@@ -133,6 +138,20 @@ class Member:
             length (`np.ndarray` `[B]`): >= 0: the prompt stays. May exceed `seen`, then that row forgets nothing.
             settled (`np.ndarray` `[B]`): No later call asks for less than this.
         """
+        raise NotImplementedError
+
+    def prefill(self, prompt: torch.Tensor, mask: torch.Tensor) -> "Member":
+        """
+        The same model with another prompt, which it reads in one or several passes of its own: `score` with negative
+        `end` reads a part.
+
+        Args:
+            prompt (`torch.LongTensor` `[1, P]`), mask (`torch.LongTensor` `[1, P]`): 0 for what attention may not see.
+        """
+        raise NotImplementedError
+
+    def refill(self, row: int, reader: "Member") -> None:
+        """Lets a row, whose text is not wanted any more, continue what `prefill` gave, which has read its prompt."""
         raise NotImplementedError
 
     def insert_masked(self, slots: int) -> None:

@@ -1,0 +1,204 @@
+"""Many prompts through the rows of one batch: a row whose text has ended is given the next prompt."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import Cache
+
+from ..members.placement import device_of
+from ..members.prefill import Prefill
+from ..members.prompts import Prompt
+from .authors import ModelAuthor
+from .call import Call
+from .candidates import EnsembleCandidateGenerator
+from .drawing import Greedy
+from .requests import Request, RowProcessors, Rows
+from .speculative import prepare, rounds
+from .text import Text
+
+
+# Tokens of prompts that are read between two rounds, at most, and so in one pass: the rows that go on wait for one such
+# pass of each member. It is wide enough that reading the weights is a small part of it.
+PREFILL = 256
+
+
+@dataclass
+class Group(Call):
+    """
+    Several requests as the rows of one call.
+
+    Args:
+        requests (`list[Request]`, B): The rows'.
+        longest (`tuple[int, int]`): Tokens of the longest prompt and of the longest text, of all requests.
+        like (`Cache`, *optional*): The kind of cache that is wanted. Each member makes its own.
+        rule (`Greedy`, *optional*): By which all groups draw.
+    """
+
+    requests: list[Request]
+    longest: tuple[int, int]
+    like: Cache | None
+    rule: Greedy | None
+
+    @property
+    def max_length(self):
+        return self.longest[1]
+
+    @property
+    def cache(self):
+        return self.like
+
+    def text(self):
+        starts = np.array([self.longest[0] - len(request.prompt) for request in self.requests])
+        ids, _ = padded([request.prompt for request in self.requests], self.longest[0])
+        return Text(
+            ids.to(self.input_ids.device),
+            np.array([request.max_new_tokens for request in self.requests]),
+            self.stop_tokens,
+            starts,
+            np.array([request.number for request in self.requests]),
+        )
+
+    def process(self, text):
+        return RowProcessors(text, [request.process for request in self.requests])
+
+    def drawing(self, config):
+        rule = self.rule or super().drawing(config)
+        rule.numbers = np.array([request.number for request in self.requests])
+        return rule
+
+
+def padded(prompts: Sequence[Sequence[int]], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as ids and mask `[B, P]`, padded on the left by zeros."""
+    length = length or max(map(len, prompts))
+    gaps = [length - len(prompt) for prompt in prompts]
+    ids = [[0] * gap + list(prompt) for gap, prompt in zip(gaps, prompts)]
+    return torch.tensor(ids), torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps])
+
+
+class Queue:
+    """
+    The requests that wait.
+
+    State: these, and the rule by which all are drawn.
+
+    Args:
+        call (`Call`): Of one of them, by itself: what they have in common.
+        requests (`Sequence[Request]`): All.
+        batch_size (`int`): Rows.
+    """
+
+    def __init__(self, call: Call, requests: Sequence[Request], batch_size: int):
+        self.call, self.batch_size = call, batch_size
+        self.waiting = deque(requests)
+        self._longest_prompt = max(len(request.prompt) for request in requests)
+        self._longest_text = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        self._rule: Greedy | None = None
+
+    def group(self) -> Group:
+        """The next requests, as many as there are rows."""
+        requests = [self.waiting.popleft() for _ in range(min(self.batch_size, len(self.waiting)))]
+        ids, mask = (x.to(self.call.input_ids.device) for x in padded([request.prompt for request in requests]))
+        numbers = [request.number for request in requests]
+        common = vars(self.call) | {
+            "input_ids": ids,
+            "model_kwargs": {"attention_mask": mask},
+            "prompts": [own and of_rows(own, numbers) for own in self.call.prompts],
+        }
+        longest = self._longest_prompt, self._longest_text
+        return Group(**common, requests=requests, longest=longest, like=self.call.cache, rule=self._rule)
+
+    def drawn_by(self, rule: Greedy) -> None:
+        """Notes the rule, with which the next group goes on."""
+        self._rule = rule
+
+    def prompt_of(self, place: int, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask `[1, P]` of what the model at this place among `call.models` reads for a request."""
+        own = self.call.prompts[place]
+        if own is None:
+            return padded([request.prompt])
+        return of_rows(own, [request.number]).rows(1, 1, torch.device("cpu"))
+
+
+def of_rows(own: Prompt, numbers: Sequence[int]) -> Prompt:
+    """Of a member's own prompts those with these numbers, where it has one for each."""
+    if len(own.input_ids) == 1:
+        return own
+    return replace(own, input_ids=own.input_ids[list(numbers)], attention_mask=own.attention_mask[list(numbers)])
+
+
+class Filler:
+    """
+    Gives free rows the next prompts, between rounds.
+
+    State: the prompt that is being read, and for which row.
+
+    Args:
+        queue (`Queue`), rows (`Rows`), candidates_of (`EnsembleCandidateGenerator`): Of the batch.
+        order (`Sequence[int]`): The place of each author among `queue.call.models`.
+    """
+
+    def __init__(
+        self, queue: Queue, rows: Rows, candidates_of: EnsembleCandidateGenerator, order: Sequence[int]
+    ):  # fmt: skip
+        self.queue, self.rows, self.candidates_of, self.order = queue, rows, candidates_of, order
+        self._row = 0
+        self._request: Request | None = None
+        self._prefills: list[Prefill | None] = []
+
+    def fill(self) -> None:
+        """Reads of the prompts that have a row as much as may be read now; while no row goes on, till one does."""
+        room, text = PREFILL, self.candidates_of.text
+        while room > 0 or not text.active.any():
+            if self._request is None and not self._begin():
+                return
+            room -= max(prefill.read(room if room > 0 else PREFILL) for prefill in self._prefills if prefill)
+            if all(prefill is None or prefill.logits is not None for prefill in self._prefills):
+                self.candidates_of.refill(self._row, self._request, self._prefills)
+                self.rows.begin(self._row, self._request)
+                self._request, self._prefills = None, []
+
+    def _begin(self) -> bool:
+        """Takes the next prompt to a free row, if there are both."""
+        free, authors = np.flatnonzero(~self.rows.unfinished), self.candidates_of.authors
+        if not len(free) or not self.queue.waiting:
+            return False
+        for author in authors:
+            author.begin()
+        if not all(author.can_refill for author in authors):
+            return False
+        self._row, self._request = int(free[0]), self.queue.waiting.popleft()
+        for author, place in zip(authors, self.order):
+            if not isinstance(author, ModelAuthor):
+                self._prefills.append(None)
+                continue
+            ids, mask = (x.to(device_of(author.member.model)) for x in self.queue.prompt_of(place, self._request))
+            self._prefills.append(Prefill(author.member, ids, mask))
+        return True
+
+
+@torch.no_grad()
+def serve(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
+    """Decodes the requests that wait; gives each with the tokens of its text when that has ended."""
+    while queue.waiting:
+        with closing(_batch(queue)) as batch:
+            yield from batch
+
+
+def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
+    """As `serve`, till all rows are free and none can be given another prompt."""
+    group = queue.group()
+    roles, _, candidates_of = prepare(group)
+    queue.drawn_by(candidates_of.context.drawing)
+    rows = Rows(candidates_of.text, group.requests, group.ranks)
+    filler = Filler(queue, rows, candidates_of, roles.order)
+    try:
+        for _ in rounds(candidates_of, rows):
+            yield from rows.take_finished()
+            filler.fill()
+    finally:
+        for author in candidates_of.authors:
+            author.close()

@@ -1,0 +1,284 @@
+"""`generate_batch`: a prompt's text is that of a call of its own, whatever shares the batch."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from covering import pairwise
+from families import VOCAB, members, tiny, tokenizer
+from transformers import DynamicCache, StoppingCriteria
+
+import hf_spec_ensemble as se
+from hf_spec_ensemble.decoding import refill
+from hf_spec_ensemble.members.cached import CachedMember
+
+
+ENDS = [2, 3, 4, 5, 6]  # so that texts have many lengths
+SETTINGS = dict(max_new_tokens=12, eos_token_id=ENDS, pad_token_id=0, do_sample=False)
+WEIGHTS = {2: [0.6, 0.4], 3: [0.5, 0.3, 0.2]}
+
+
+def prompts(count: int = 8, longest: int = 11, seed: int = 0) -> list[list[int]]:
+    choose = random.Random(seed)
+    return [
+        [choose.randrange(7, VOCAB) for _ in range(1 if i == 1 else choose.randint(1, longest))] for i in range(count)
+    ]
+
+
+def alone(models, inputs, config, **kwargs) -> list[list[int]]:
+    """Texts of one call for each prompt."""
+    texts = []
+    for prompt in inputs:
+        ids = torch.tensor([prompt])
+        out = models[0].generate(ids, assistant_model=models[1:], ensemble_config=config, **SETTINGS | kwargs)
+        texts.append(out[0, len(prompt) :].tolist())
+    return texts
+
+
+def together(models, inputs, config, **kwargs) -> list[list[int]]:
+    """Texts of one call for all."""
+    ids, mask = refill.padded(inputs)
+    given = dict(attention_mask=mask, assistant_model=models[1:], ensemble_config=config)
+    torch.manual_seed(5)
+    rows = models[0].generate(ids, **given, **SETTINGS | kwargs)[:, ids.shape[1] :].tolist()
+    ends = (next((i + 1 for i, token in enumerate(row) if token in ENDS), len(row)) for row in rows)
+    return [row[:end] for row, end in zip(rows, ends)]
+
+
+def batched(models, inputs, config, batch_size, **kwargs) -> list[list[int]]:
+    torch.manual_seed(5)
+    given = dict(assistant_model=models[1:], ensemble_config=config, batch_size=batch_size, progress_bar=False)
+    results = se.generate_batch(models[0], inputs, **given, **SETTINGS | kwargs)
+    assert list(results) == [f"req_{i}" for i in range(len(inputs))]
+    assert [result.prompt_ids for result in results.values()] == inputs
+    return [result.generated_tokens for result in results.values()]
+
+
+FACTORS = {
+    "family": ["llama", "gemma3", "opt", "bloom"],  # with windows; with no positions, so that rows are in step
+    "n": [2, 3],
+    "batch_size": [1, 2, 3],
+    "rule": ["greedy", "gumbel", "ancestral"],
+    "lengths": ["auto", 1, 4, None],  # None is the standard ensemble
+    "drafter": [None, "prompt_lookup", "suffixes", "model"],
+    "cache": [None, "static"],
+}
+
+
+@pytest.mark.parametrize(tuple(FACTORS), pairwise(FACTORS))
+def test_a_text_does_not_depend_on_the_batch(family, n, batch_size, rule, lengths, drafter, cache):
+    models, inputs = members(family, n), prompts()
+    engine = dict(speculative=False) if lengths is None else dict(num_assistant_tokens=lengths)
+    config = se.EnsembleConfig(weights=WEIGHTS[n], coupling="gumbel" if rule == "greedy" else rule, **engine)
+    kwargs = dict(do_sample=rule != "greedy", cache_implementation=cache)
+    expected = (alone if rule == "greedy" else together)(models, inputs, config, **kwargs)
+    drafter = {"suffixes": se.Suffixes(), "model": tiny(family, seed=7, layers=1)}.get(drafter, drafter)
+    assert len(set(map(len, expected))) > 1
+    assert batched(models, inputs, config, batch_size, drafter=drafter, **kwargs) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        se.EnsembleConfig(method="contrastive", contrast=0.4, plausibility=0.1, num_assistant_tokens=2),
+        se.EnsembleConfig(method="product", weights=[0.7, 0.3], combine_on="logits"),
+        se.EnsembleConfig(method=lambda logits: logits.amax(0), alternate=False),
+        se.EnsembleConfig(weights=[1.0, 0.0], num_assistant_tokens=3),  # the other one drafts
+        se.EnsembleConfig(weights=[0.9, 0.1]),  # mostly settled by one, so that the other has read nothing for long
+        se.EnsembleConfig(coupling="maximal"),  # which draws nothing here
+    ],
+)
+def test_methods(config):
+    assert batched(members(), prompts(), config, 3) == alone(members(), prompts(), config)
+
+
+def test_the_first_prompt_is_that_of_a_call_with_the_same_seed():
+    config, inputs = se.EnsembleConfig(), prompts()
+    torch.manual_seed(5)
+    [expected] = alone(members(), inputs[:1], config, do_sample=True)
+    assert batched(members(), inputs, config, 2, do_sample=True)[0] == expected
+
+
+class _EndsWith(StoppingCriteria):
+    """Stops at a token; sees that a row's own tokens are all it is shown."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def __call__(self, input_ids, scores, **kwargs):
+        assert len(input_ids) == 1
+        assert any(input_ids[0, : len(prompt)].tolist() == prompt for prompt in self.inputs)
+        return input_ids[:, -1] % 4 == 0
+
+
+def test_processors_and_criteria_see_a_prompt_and_its_text_alone():
+    inputs = prompts(10)
+    shown = {number: set() for number in range(len(inputs))}
+
+    def allowed(number, ids):
+        shown[number].add(tuple(ids[: len(inputs[number])].tolist()))
+        return [token for token in range(VOCAB) if (token + len(ids)) % 3]
+
+    kwargs = dict(
+        repetition_penalty=1.3,
+        no_repeat_ngram_size=2,
+        min_new_tokens=3,
+        exponential_decay_length_penalty=(4, 1.2),
+        temperature=0.8,
+        top_k=9,
+        do_sample=True,
+        stopping_criteria=[_EndsWith(inputs)],
+        stop_strings=["q"],
+        tokenizer=tokenizer(),
+    )
+    config = se.EnsembleConfig(num_assistant_tokens=3)
+    one = batched(members(), inputs, config, 1, prefix_allowed_tokens_fn=allowed, **kwargs)
+    assert all(prefixes == {tuple(inputs[number])} for number, prefixes in shown.items())
+    assert batched(members(), inputs, config, 4, prefix_allowed_tokens_fn=allowed, **kwargs) == one
+    kwargs |= dict(do_sample=False, temperature=None, top_k=None)
+    assert batched(members(), inputs, config, 4, **kwargs) == alone(members(), inputs, config, **kwargs)
+
+
+def test_lengths_are_each_prompts_own():
+    inputs, kwargs = prompts(), dict(max_new_tokens=None, max_length=14)
+    texts = batched(members(), inputs, se.EnsembleConfig(), 3, **kwargs)
+    assert texts == alone(members(), inputs, se.EnsembleConfig(), **kwargs)
+    assert max(len(prompt) + len(text) for prompt, text in zip(inputs, texts)) == 14
+    assert batched(members(), inputs, se.EnsembleConfig(), 3, max_new_tokens=1) == [text[:1] for text in texts]
+
+
+def test_members_with_prompts_of_their_own():
+    model, other = members()
+    inputs, config = prompts(6), se.EnsembleConfig(weights=[0.6, 0.4])
+    ids, mask = refill.padded(prompts(6, seed=1))
+    expected = [
+        alone([model, se.with_prompt(other, ids[i : i + 1], mask[i : i + 1])], [prompt], config)[0]
+        for i, prompt in enumerate(inputs)
+    ]
+    assert batched([model, se.with_prompt(other, ids, mask)], inputs, config, 2) == expected
+    shared = se.with_prompt(other, ids[:1], mask[:1])
+    assert batched([model, shared], inputs, config, 2) == alone([model, shared], inputs, config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_prompts_are_read_in_parts(monkeypatch, family, tokens):
+    models, inputs, config = members(family), prompts(8, longest=20), se.EnsembleConfig(num_assistant_tokens=1)
+    expected = alone(models, inputs, config)
+    monkeypatch.setattr(refill, "PREFILL", tokens)
+    widths, read = [], CachedMember._read
+
+    def reading(self, new, end, *rest):
+        widths.append((len(end), int((end - self.seen).max())))
+        return read(self, new, end, *rest)
+
+    monkeypatch.setattr(CachedMember, "_read", reading)
+    assert batched(models, inputs, config, 2) == expected
+    assert max(width for rows, width in widths if rows == 1) == tokens
+
+
+def order(models, inputs, batch_size, **kwargs):
+    given = dict(assistant_model=models[1:], batch_size=batch_size)
+    return [result.number for result in se.generate_as_completed(models[0], inputs, **given, **SETTINGS | kwargs)]
+
+
+@pytest.mark.parametrize(("family", "waits"), [("llama", False), ("bloom", True)])
+def test_a_row_that_has_ended_is_given_the_next_prompt(family, waits):
+    inputs = [[9, 10], *[[10 + i, 12] for i in range(6)]]
+
+    def allowed(number, ids):  # the first text is long, the others end at once
+        return [20 + len(ids)] if number == 0 else [2]
+
+    found = order(members(family), inputs, 2, prefix_allowed_tokens_fn=allowed)
+    assert found == ([1, 0, *range(2, 7)] if waits else [*range(1, 7), 0])
+
+
+@pytest.mark.parametrize(
+    ("family", "cache", "count"), [("llama", None, 200), ("gemma3", None, 50), ("gemma3", "static", 50)]
+)
+def test_caches_do_not_grow_with_the_number_of_prompts(monkeypatch, family, cache, count):
+    held = {}
+    read = CachedMember._read
+
+    def reading(self, *args):
+        logits = read(self, *args)
+        held.setdefault(len(self.seen), []).append(self._slots.shape[1])
+        if isinstance(self.cache, DynamicCache):
+            assert all(layer.keys.shape[-2] <= self._slots.shape[1] for layer in self.cache.layers if cache is None)
+        return logits
+
+    monkeypatch.setattr(CachedMember, "_read", reading)
+    inputs, config = prompts(count, longest=6), se.EnsembleConfig(num_assistant_tokens=1)
+    batched(members(family), inputs, config, 5, cache_implementation=cache, max_new_tokens=4)
+    longest = max(map(len, inputs)) + 4
+    assert len(held[5]) > count / 2 and max(held[5]) <= longest + (32 if cache else max(16, longest // 4) + 8)
+
+
+def test_what_was_given_out_is_kept_when_something_fails():
+    inputs = prompts(8)
+
+    class Interrupts(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids[0, : len(inputs[6])].tolist() == inputs[6]:
+                raise KeyboardInterrupt
+            return torch.tensor([False])
+
+    expected, done = alone(members(), inputs, se.EnsembleConfig()), {}
+    with pytest.raises(KeyboardInterrupt):
+        given = dict(assistant_model=members()[1:], batch_size=2, stopping_criteria=[Interrupts()])
+        for result in se.generate_as_completed(members()[0], inputs, **given, **SETTINGS):
+            done[result.number] = result.generated_tokens
+    assert len(done) >= 5 and all(expected[number] == text for number, text in done.items())
+
+
+def test_few_prompts():
+    model, other = members()
+    assert se.generate_batch(model, [], assistant_model=other, progress_bar=False) == {}
+    assert batched(members(), [[9]], se.EnsembleConfig(), 8) == alone(members(), [[9]], se.EnsembleConfig())
+    arrays = [np.array([9, 8]), torch.tensor([7])]
+    results = se.generate_batch(model, arrays, assistant_model=other, progress_bar=False, **SETTINGS)
+    assert [result.prompt_ids for result in results.values()] == [[9, 8], [7]]
+
+
+class _KeepsState:
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kwargs", "error", "said"),
+    [
+        ("text", {}, TypeError, "list of prompts"),
+        (torch.ones(2, 3, dtype=torch.long), {}, TypeError, "list of prompts"),
+        ([[9], "text"], {}, TypeError, "Prompt 1 must be a list of token ids"),
+        ([[9], [0.5]], {}, TypeError, "Prompt 1 must be"),
+        ([[9], []], {}, ValueError, "Prompt 1 is empty"),
+        ([[9], [VOCAB]], {}, ValueError, f"Prompt 1 holds token {VOCAB}"),
+        ([[9]], dict(batch_size=0), ValueError, "batch_size"),
+        ([[9]], dict(assistant_model=None), ValueError, "needs the other members"),
+        ([[9]], dict(attention_mask=torch.ones(1, 1)), ValueError, "`attention_mask` is not supported"),
+        ([[9]], dict(num_beams=2), ValueError, "num_beams"),
+        ([[9]], dict(num_return_sequences=2, do_sample=True), ValueError, "num_return_sequences"),
+        ([[9]], dict(do_sample=True, ensemble_config=se.EnsembleConfig(coupling="maximal")), ValueError, "maximal"),
+        ([[9]], dict(ensemble_config=se.EnsembleConfig(trace=True)), ValueError, "trace"),
+        ([[9]], dict(output_scores=True, return_dict_in_generate=True), ValueError, "output_scores"),
+        ([[9]], dict(max_time=5.0), ValueError, "max_time"),
+        ([[9], [8, 7, 6, 5]], dict(max_new_tokens=None, max_length=3), ValueError, "max_length"),
+        ([[9]], dict(unknown=3), ValueError, "unknown"),
+        (
+            [[9]],
+            dict(
+                logits_processor=[_KeepsState()],
+                ensemble_config=se.EnsembleConfig(method="product", combine_on="raw_logits"),
+            ),
+            ValueError,
+            "stateless",
+        ),
+    ],
+)
+def test_bad_input_raises_before_the_first_pass(monkeypatch, inputs, kwargs, error, said):
+    model, other = members()
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("a pass was made"))
+    with pytest.raises(error, match=said):
+        se.generate_as_completed(model, inputs, **dict(assistant_model=other) | SETTINGS | kwargs)
