@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
+from .decoding.families import tokenizer_list
 from .decoding.method import ensemble_decoding
 from .decoding.validate import assistant_list, check_inputs, check_members
 from .members.adapters import all_locks_of, is_model
@@ -73,12 +74,10 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
     given = [arguments.pop(name, None) for name in ("assistant_model", "assistant_models")]
     assistants = assistant_list(next((models for models in given if models is not None), None))
     drafter = arguments.pop("drafter", None)
-    check_members([model, *assistants], config, drafter)  # before anything else may go wrong, or take time
+    tokenizer, theirs = arguments.pop("tokenizer", None), arguments.pop("assistant_tokenizer", None)
+    tokenizers = tokenizer_list(tokenizer, theirs, len(assistants))
+    check_members([model, *assistants], config, drafter, tokenizers)  # before anything else may go wrong, or take time
     check_inputs(arguments)
-    if arguments.pop("assistant_tokenizer", None) is not None:
-        raise ValueError("`assistant_tokenizer` is not supported with `ensemble_config`: members share one tokenizer.")
-
-    tokenizer = arguments.pop("tokenizer", None)
     _move_stop_strings(model, arguments, tokenizer)
     arguments["custom_generate"] = functools.partial(
         ensemble_decoding,
@@ -91,6 +90,7 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
             if isinstance(value, torch.Tensor) and name not in ("inputs", "input_ids")
         },
         tokenizer=tokenizer,
+        assistant_tokenizer=theirs,
         streamer=arguments.get("streamer"),
         synced_gpus=bool(arguments.get("synced_gpus")),
     )

@@ -10,12 +10,14 @@ from transformers.generation import CandidateGenerator
 from ..compat import OUTPUT_CACHE, given_cache
 from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.processing import PositionwiseProcessor
+from ..ensemble.union import Map
 from ..members.adapters import is_model
 from ..members.cache import can_roll_back, decoder_layers, without_fresh_static_cache
 from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
 from ..members.member import Member
 from ..members.ranks import Together
+from ..members.translated import TranslatedMember
 from ..members.uncached import member_of
 from ..notices import STANDARD
 from ..schedule.acceptance import Acceptance
@@ -78,25 +80,30 @@ def _decode(candidates_of: EnsembleCandidateGenerator, transcript: Transcript) -
 
 def _prepare(call: Call, roles: Roles) -> EnsembleCandidateGenerator:
     models, config = call.models, call.config
-    check_prompt(call.input_ids, [models[i] for i in roles.order[: roles.members]])
+    if call.union is None:
+        check_prompt(call.input_ids, [models[i] for i in roles.order[: roles.members]])
     input_ids = call.input_ids.long()  # as transformers' loops return them, whatever they were
     readers = _members(call, roles)
     members = readers[: roles.members]
-    vocabulary = shared_vocabulary([member.model for member in members])
-    for drafter in readers[roles.members :]:
-        drafter.read_as_if_known(vocabulary[0])
+    if call.union is None:
+        vocabulary = shared_vocabulary([member.model for member in members])
+        for drafter in readers[roles.members :]:
+            drafter.read_as_if_known(vocabulary[0])
+    else:
+        vocabulary = call.union.width, call.union.width
     distribution = EnsembleDistribution(
         roles.config(config),
         PositionwiseProcessor(call.logits_processor, pad_token_id=call.pad_token_id),
         vocabulary,
         input_ids.device,
         titles_of(models, roles.order[: roles.members]),
+        call.union and call.union.common,
     )
     drawing = drawing_rule(call.generation_config.do_sample, distribution.config)
     wanted = call.returns("scores"), call.returns("logits")
     in_step = len(input_ids) > 1 and any(reader.in_step for reader in readers)
     # Rows in step could not read at the end, each for itself, what they have not read
-    complete = call.shows_scores or (in_step and any(wanted))
+    complete = call.shows_scores or (in_step and any(wanted)) or not config.speculative
     # Whether a lead is enough may depend on the last bits, which differ between processes
     complete |= isinstance(call.ranks, Together) and not call.generation_config.do_sample
     settling = settling_rule(drawing, distribution.config, len(input_ids), complete)
@@ -140,7 +147,21 @@ def _members(call: Call, roles: Roles) -> list[Member]:
         _check_roll_back(reader)
     if call.config.check_members:
         check_reading(readers, speculative=True, ranks=call.ranks, new_tokens=call.max_new_tokens)
-    return readers
+    if call.union is None:
+        return readers
+    places = [i for i in roles.order if i < len(models)]
+    return [_translated(reader, call.union.maps[i]) for reader, i in zip(readers, places)]
+
+
+def _translated(member: Member, way: Map) -> Member:
+    if way.is_identity:
+        return member
+    if member.in_step and len(member.prompt) > 1:
+        raise ValueError(
+            f"A {type(member.model).__name__} wants all rows of a batch to be equally long, which they are not for members "
+            "with different tokenizers: give one prompt at a time."
+        )
+    return TranslatedMember(member, way)
 
 
 def _check_roll_back(member: Member) -> None:
@@ -158,13 +179,15 @@ def _schedule(call: Call, roles: Roles, authors: list[Author], settling: All | O
     config, batch = call.config, len(call.input_ids)
     models = [author.member for author in authors if isinstance(author, ModelAuthor)]
     at_once = len(models) if len(models) < len(authors) else None
+    if not config.speculative:
+        return Turns((0,) * len(authors), roles.first, roles.members, at_once)
     lengths = roles.lengths(config)
     if lengths is not None:
         return Turns(lengths, roles.first, roles.members, at_once)
     ensemble = (
         kept_name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
         config.coupling, config.alternate, call.generation_config.do_sample, batch, kept_name(call.drafter),
-        models[0].runner.way, tuple(own is not None for own in call.prompts), type(settling),
+        models[0].runner.way, tuple(own is not None for own in call.prompts), type(settling), call.union is not None,
     )  # fmt: skip
     memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
     costs = [author.costs for author in authors]
@@ -188,7 +211,7 @@ def _report(
     if call.streamer is not None:
         call.streamer.end()
     if not as_dict:
-        return transcript.sequences
+        return transcript.written
 
     def of_authors(name: str) -> list:
         return roles.in_callers_order(getattr(author, name) for author in authors)
@@ -206,7 +229,7 @@ def _report(
         predicted_speedup=_predicted_speedup(candidates_of, transcript),
     )
     return output_class(call.model)(
-        sequences=transcript.sequences,
+        sequences=transcript.written,
         scores=transcript.scores,
         logits=transcript.logits,
         stats=stats,
