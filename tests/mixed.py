@@ -23,7 +23,18 @@ CORPUS = [
 TEXTS = ["The answer to the question is", "Ann has 5 €", "Größe and 🙂"]
 
 # What the random models mostly say, where their tokenizers have it; bytes of a character among it
-FAVOURED = [b" question", b" the", b"answer", b"\xe2\x82", b"\xac", " €".encode(), "🙂".encode(), b"\xf0\x9f", b"\n", b"q"]
+FAVOURED = [
+    b" question",
+    b" the",
+    b"answer",
+    b"\xe2\x82",
+    b"\xac",
+    " €".encode(),
+    "🙂".encode(),
+    b"\xf0\x9f",
+    b"\n",
+    b"q",
+]
 
 
 def byte_level(size: int, special=("<pad>", "<bos>", "<eos>")) -> PreTrainedTokenizerFast:

@@ -86,3 +86,46 @@ def test_greedy_text_is_the_definitions(name, order, batch):
     for more in (dict(num_assistant_tokens=3), dict(speculative=False), {}):
         out, length = generate(order, TEXTS[:batch], name, do_sample=False, **more)
         assert new_tokens(out, length, order) == wanted
+
+
+# --- Samples ------------------------------------------------------------------------------------------------------
+
+DRAWS = 20_000
+LEAST = 5 / DRAWS  # outcomes that are expected less often are pooled
+
+
+def chi_square_p(order, name, prompts, definition_=None, **kwargs) -> float:
+    """Of texts of three tokens, in the main model's ids, against the definition."""
+    draws = -(-DRAWS // prompts)
+    torch.manual_seed(0)
+    out, length = generate(
+        order, TEXTS[:prompts], name, do_sample=True, top_k=0, max_new_tokens=3, num_return_sequences=draws, **kwargs
+    )
+    drawn = new_tokens(out, length, order)
+    statistic, freedom = 0.0, 0
+    for i, text in enumerate(TEXTS[:prompts]):
+        probs = (definition_ or definition(order, name)).likely(text, 3, LEAST * prompts)
+        probs = {key: p for key, p in probs.items() if p >= LEAST * prompts}
+        counts = dict.fromkeys(probs, 0)
+        for row in drawn[i * draws : (i + 1) * draws]:
+            if tuple(row) in counts:
+                counts[tuple(row)] += 1
+        pairs = [(counts[key], p * draws) for key, p in probs.items()]
+        pairs.append((draws - sum(counts.values()), draws * (1 - sum(probs.values()))))
+        assert len(pairs) > 30
+        statistic += sum((count - expected) ** 2 / expected for count, expected in pairs)
+        freedom += len(pairs) - 1
+    return torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(statistic / 2)).item()
+
+
+SAMPLES = [
+    ("weighted", (0, 2), 1, dict(coupling="maximal", num_assistant_tokens=2)),
+    ("weighted", (2, 1, 0), 3, {}),  # ancestral
+    ("product", (2, 0), 1, {}),  # gumbel
+    ("product", (0, 1, 2), 3, dict(coupling="maximal", num_assistant_tokens=2)),
+]
+
+
+@pytest.mark.parametrize("name,order,prompts,kwargs", SAMPLES)
+def test_samples_follow_the_definition(name, order, prompts, kwargs):
+    assert chi_square_p(order, name, prompts, **kwargs) > 1e-3
