@@ -20,6 +20,7 @@ CORPUS = [
     "Déjà vu à la carte; naïve façade. Größe, Straße, über. Привет, мир! €5 or £4? 数学の問題です。 🙂🙃 ok",
     "def answer(question):\n    return question + 12 * 3  # the answer to the question\n",
 ] * 8
+PLAIN = [CORPUS[0], CORPUS[2], "5 € or 7 €, 🙂🙂🙂\n"] * 8
 TEXTS = ["The answer to the question is", "Ann has 5 €", "Größe and 🙂"]
 
 # What the random models mostly say, where their tokenizers have it; bytes of a character among it
@@ -53,9 +54,8 @@ def sentencepiece(size: int) -> PreTrainedTokenizerFast:
     trained = Tokenizer(kinds.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    # Characters of CORPUS that it does not know are left to bytes
-    few = trainers.BpeTrainer(vocab_size=size - 256 - 4, limit_alphabet=60, show_progress=False)
-    trained.train_from_iterator(CORPUS, few)
+    few = trainers.BpeTrainer(vocab_size=size - 256 - 4, show_progress=False)
+    trained.train_from_iterator(PLAIN, few)  # other characters of CORPUS are left to bytes
     model = json.loads(trained.to_str())["model"]
     names = ["<eos>", "<pad>", "<bos>", "<unk>", *[f"<0x{byte:02X}>" for byte in range(256)]]
     names += sorted(model["vocab"], key=model["vocab"].get)
