@@ -35,7 +35,8 @@ def tokenizer_list(tokenizer: Any, assistant_tokenizer: Any, assistants: int) ->
         return None
     if tokenizer is None:
         raise ValueError(
-            "`assistant_tokenizer` is given without `tokenizer`: pass the main model's, to tell which tokens are the same."
+            "`assistant_tokenizer` is given without `tokenizer`: pass the main model's, to tell which"
+            " tokens are the same."
         )
     given = (
         assistant_tokenizer if isinstance(assistant_tokenizer, (list, tuple)) else [assistant_tokenizer] * assistants
@@ -55,7 +56,7 @@ def tokenizer_list(tokenizer: Any, assistant_tokenizer: Any, assistants: int) ->
 
 
 def differ(models: Sequence[PreTrainedModel], tokenizers: Sequence[PreTrainedTokenizerBase]) -> bool:
-    """Whether members need a union: the same ids stand for different tokens, or vocabularies differ by more than padding."""
+    """Whether members need a union: ids stand for different tokens, or vocabularies differ by more than padding."""
     sizes = [_size(model) for model in models]
     if max(sizes) - min(sizes) > PADDING_SHARE * max(sizes):
         return True
@@ -111,12 +112,13 @@ def check_union(generation_config: GenerationConfig, drafter: Any, media: bool) 
         raise ValueError(f"`num_beams` ({generation_config.num_beams}) is not supported for {of_union}: set it to 1.")
     if generation_config.cache_implementation is not None:
         raise ValueError(
-            f"`cache_implementation` ({generation_config.cache_implementation!r}) is not supported for {of_union}, whose "
-            "texts have different lengths: leave it out."
+            f"`cache_implementation` ({generation_config.cache_implementation!r}) is not supported for {of_union}, "
+            "whose texts have different lengths: leave it out."
         )
     if isinstance(drafter, CandidateGenerator):
         raise ValueError(
-            f"A {type(drafter).__name__} as `drafter` is not supported for {of_union}: use 'prompt_lookup' or `Suffixes`."
+            f"A {type(drafter).__name__} as `drafter` is not supported for {of_union}: use 'prompt_lookup' or a "
+            "`Suffixes`."
         )
     if media:
         raise ValueError(f"Images and the like are not supported for {of_union}: leave them out.")
@@ -130,12 +132,12 @@ def prompts_for(
     mask: torch.Tensor | None,
 ) -> list[Prompt | None]:
     """
-    A prompt for every assistant: its own, or the text of the main model's in its own tokens, behind the one that begins a
-    text where its tokenizer puts one. Special tokens of the main model's prompt are left out.
+    A prompt for every assistant: its own, or the text of the main model's in its own tokens, behind the one that begins
+    a text where its tokenizer puts one. Special tokens of the main model's prompt are left out.
 
     Args:
         models (`list[PreTrainedModel]`, N), tokenizers (`list`, N): The members.
-        own (`list[Prompt | None]`, N or more): Those given with `with_prompt`; of drafters behind the members as they are.
+        own (`list[Prompt | None]`, N or more): Those given with `with_prompt`; of drafters, behind them, as they are.
         ids (`torch.LongTensor` `[B, P]`), mask (`torch.LongTensor` `[B, P]`, *optional*): The main model's.
 
     Raises:
@@ -156,8 +158,8 @@ def _texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Te
         tokens = row[seen].tolist()
         if special.intersection(tokens[1:]):
             warn_once(
-                "The prompt holds special tokens, as those of a chat template, which other families do not know: they read "
-                "its text without them. `Ensemble.encode` and `with_prompt` give each member a prompt of its own."
+                "The prompt holds special tokens, as those of a chat template, which other families do not know: they "
+                "read its text without them. `Ensemble.encode` and `with_prompt` give each member a prompt of its own."
             )
         texts.append(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return texts
@@ -183,12 +185,12 @@ def _ends(tokenizer: PreTrainedTokenizerBase, source: GenerationConfig | PreTrai
     """The tokens that end a text, first the one that stands for all: the tokenizer's, if it does."""
     own = tokenizer.eos_token_id
     if isinstance(source, GenerationConfig):
-        tensor = source._eos_token_tensor
-        found = [] if tensor is None else tensor.flatten().tolist()
+        given = source.eos_token_id  # as `generate()` was called
     else:
         given = source.generation_config.eos_token_id
-        found = given if isinstance(given, list) else [] if given is None else [given]
-        found = [*found, *([] if own is None else [own])]
+    found = given if isinstance(given, list) else [] if given is None else [given]
+    if not isinstance(source, GenerationConfig) and own is not None:
+        found = [*found, own]
     if own is not None and (own in found or not found):
         found = [own, *found]
     return tuple(dict.fromkeys(found))

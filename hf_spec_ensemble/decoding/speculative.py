@@ -158,8 +158,8 @@ def _translated(member: Member, way: Map) -> Member:
         return member
     if member.in_step and len(member.prompt) > 1:
         raise ValueError(
-            f"A {type(member.model).__name__} wants all rows of a batch to be equally long, which they are not for members "
-            "with different tokenizers: give one prompt at a time."
+            f"A {type(member.model).__name__} wants all rows of a batch to be equally long, which they are not for "
+            "members with different tokenizers: give one prompt at a time."
         )
     return TranslatedMember(member, way)
 

@@ -16,9 +16,9 @@ from ..members.prompts import PromptView, model_of
 from ..members.ranks import is_sharded
 from ..notices import STANDARD, warn_once
 from .drafter import PROMPT_LOOKUP, chosen_drafter, is_named
-from .suffixes import Suffixes
 from .families import PADDING_SHARE, differ
-from .vocabulary import UNCOMPARED, HOW, check_beside
+from .suffixes import Suffixes
+from .vocabulary import HOW, UNCOMPARED, check_beside
 
 
 # What vision-language models are given besides text, as far as other models do not know it.

@@ -22,8 +22,8 @@ Tokens = dict[str, int]  # what a tokenizer knows, with ids
 TOKENIZER = "tokenizer.json"
 
 HOW = (
-    "give the tokenizers of all, `tokenizer=...` and `assistant_tokenizer=...` (a list for several), and they are combined "
-    "over the union of their tokens"
+    "give the tokenizers of all, `tokenizer=...` and `assistant_tokenizer=...` (a list for several), and they are "
+    "combined over the union of their tokens"
 )
 
 UNCOMPARED = (

@@ -167,8 +167,8 @@ def _ways(backend: Any, name: str) -> tuple[Callable[[str], bytes], Callable[[by
 
         return string_of, spell
     raise ValueError(
-        f"A {name} decodes its tokens by {sorted(kinds)}, of which is not known which bytes they stand for: members with "
-        "different tokenizers need byte-level BPE, SentencePiece or WordPiece."
+        f"A {name} decodes its tokens by {sorted(kinds)}, of which is not known which bytes they stand for: members "
+        "with different tokenizers need byte-level BPE, SentencePiece or WordPiece."
     )
 
 

@@ -212,7 +212,7 @@ def _owned(vocabulary: Vocabulary, number: dict[Key, int], width: int, main: boo
         u = next((number[key] for key in keys if key in number), None)
         if u is None:
             continue
-        first = (main and u == i) or keys[-1] in preferred and preferred[keys[-1]] == i
+        first = (main and u == i) or (keys[-1] in preferred and preferred[keys[-1]] == i)
         if keys[0] == ("role", "eos"):
             first = i == vocabulary.ends[0]
         own[u].insert(0 if first else len(own[u]), i)

@@ -101,3 +101,30 @@ class TranslatedMember(Member):
             self._own = torch.nn.functional.pad(self._own, (0, 2 * room - self._own.shape[1]))
         for row, (at, own) in enumerate(added):
             self._own[row, at : at + len(own)] = torch.tensor(own, dtype=torch.long)
+
+
+def translated(way: Map, rows: list[list[int]], begin: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Whole texts of the union in a member's own tokens.
+
+    Args:
+        way (`Map`): The member's.
+        rows (`list[list[int]]`, B): Tokens of U, T of each row.
+        begin (`list[int]`): Its tokens before a text.
+
+    Returns:
+        `torch.LongTensor`: Own tokens `[B, L]`, padded behind; their mask; and `[B, T]`, where in L each of the rows'
+        tokens ends.
+    """
+    texts, ends = [], []
+    for row in rows:
+        own = list(begin)
+        ends.append([])
+        for u in row:
+            read = way.read(u)
+            own += () if own == list(read) == begin else read  # what begins a text stands there once
+            ends[-1].append(len(own) - 1)
+        texts.append(torch.tensor(own))
+    mask = [torch.ones_like(text) for text in texts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(texts, batch_first=True), pad(mask, batch_first=True), torch.tensor(ends)

@@ -31,7 +31,7 @@ from ..hub.folders import FILES
 from ..hub.references import read_ensemble
 from ..members.adapters import is_model
 from ..trace.html import page_of
-from .arguments import add_config_arguments, add_drafter_argument, check_device, config_of, drafter_of, encode, locate
+from .arguments import add_config_arguments, add_drafter_argument, check_device, config_of, drafter_of, locate
 
 
 ELSEWHERE = {  # commands with options of their own, and what these need installed
@@ -118,7 +118,8 @@ def _generate(args: argparse.Namespace) -> None:
         raise ValueError(f"--{next(iter(sampling)).replace('_', '-')} needs --do-sample.")
     alone = len(prompts) == 1
     for prompt in tqdm(prompts, disable=alone, unit="prompt"):
-        inputs = encode(ensemble.tokenizer, prompt).to(ensemble.model.device)
+        chat = ensemble.tokenizer.chat_template is not None
+        inputs = ensemble.encode([{"role": "user", "content": prompt}] if chat else prompt)
         set_seed(args.seed)
         out = ensemble.generate(
             **inputs,
