@@ -1,4 +1,4 @@
-"""Members with different tokenizers: texts are those of the ensemble over the union of their tokens, by its definition."""
+"""Members with different tokenizers: texts are those of the ensemble over the union, by its definition."""
 
 import pytest
 import torch

@@ -184,12 +184,10 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
 def _ends(tokenizer: PreTrainedTokenizerBase, source: GenerationConfig | PreTrainedModel) -> tuple[int, ...]:
     """The tokens that end a text, first the one that stands for all: the tokenizer's, if it does."""
     own = tokenizer.eos_token_id
-    if isinstance(source, GenerationConfig):
-        given = source.eos_token_id  # as `generate()` was called
-    else:
-        given = source.generation_config.eos_token_id
+    of_call = isinstance(source, GenerationConfig)
+    given = (source if of_call else source.generation_config).eos_token_id
     found = given if isinstance(given, list) else [] if given is None else [given]
-    if not isinstance(source, GenerationConfig) and own is not None:
+    if not of_call and own is not None:
         found = [*found, own]
     if own is not None and (own in found or not found):
         found = [own, *found]
