@@ -200,7 +200,7 @@ class Definition:
         return self.written(names)
 
     def likely(self, text: str, length: int, least: float) -> dict[tuple[int, ...], float]:
-        """Texts of so many tokens, or ended, in the main model's ids, and their probabilities; the rarest are left out."""
+        """Texts of so many tokens, or ended, in the main model's ids, with probabilities; the rarest are left out."""
         prompts, going, found = self.prompts(text), {(): 1.0}, {}
         for _ in range(length):
             names = list(going)
