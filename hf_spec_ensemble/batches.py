@@ -254,6 +254,8 @@ def _check_prompts(prompts: list[list[int]], members: Sequence[PreTrainedModel])
 def _check_call(call: Call, prompts: int) -> None:
     """Raises for what would not be of each prompt alone, or cannot be refilled."""
     settings = call.generation_config
+    if call.union is not None:
+        raise ValueError("Members with different tokenizers are not supported here: use `generate()`.")
     if call.model.config.is_encoder_decoder:
         raise ValueError("Encoder-decoder models are not supported here: use `generate()`, batch by batch.")
     if call.config.trace or call.returns("scores") or call.returns("logits"):

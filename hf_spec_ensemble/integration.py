@@ -12,6 +12,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from .config import AUTO
 from .decoding.call import Call
 from .decoding.drafter import chosen_drafter
+from .decoding.families import tokenizer_list
 from .decoding.method import checked_call, ensemble_decoding
 from .decoding.validate import assistant_list, check_inputs, check_members
 from .members.adapters import all_locks_of, is_model
@@ -86,12 +87,10 @@ def _ensemble_arguments(
     given = [arguments.pop(name, None) for name in ("assistant_model", "assistant_models")]
     assistants = assistant_list(next((models for models in given if models is not None), None))
     drafter = chosen_drafter(arguments.pop("drafter", AUTO), config)
-    check_members([model, *assistants], config, drafter)  # before anything else may go wrong, or take time
+    tokenizer, theirs = arguments.pop("tokenizer", None), arguments.pop("assistant_tokenizer", None)
+    tokenizers = tokenizer_list(tokenizer, theirs, len(assistants))
+    check_members([model, *assistants], config, drafter, tokenizers)  # before anything else may go wrong, or take time
     check_inputs(arguments)
-    if arguments.pop("assistant_tokenizer", None) is not None:
-        raise ValueError("`assistant_tokenizer` is not supported with `ensemble_config`: members share one tokenizer.")
-
-    tokenizer = arguments.pop("tokenizer", None)
     _move_stop_strings(model, arguments, tokenizer)
     arguments["custom_generate"] = functools.partial(
         decode,
@@ -104,6 +103,7 @@ def _ensemble_arguments(
             if isinstance(value, torch.Tensor) and name not in ("inputs", "input_ids")
         },
         tokenizer=tokenizer,
+        assistant_tokenizer=theirs,
         streamer=arguments.get("streamer"),
         synced_gpus=bool(arguments.get("synced_gpus")),
     )

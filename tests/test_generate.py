@@ -63,7 +63,8 @@ def test_one_pass_a_token_when_everything_is_accepted():
     """Three equal members with proposal length 1: the table in the documentation of the method."""
     model = tiny()
     out = model.generate(
-        **prompts(1), assistant_model=[model, model], ensemble_config=se.EnsembleConfig(num_assistant_tokens=1),
+        **prompts(1), assistant_model=[model, model],
+        ensemble_config=se.EnsembleConfig(num_assistant_tokens=1, share_passes=False),
         eos_token_id=VOCAB + 1, do_sample=False, max_new_tokens=20, return_dict_in_generate=True,
     )  # fmt: skip
     assert out.stats.acceptance == [1.0, 1.0, 1.0]

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..compat import encoded, given_cache, without_cache
 from ..config import EnsembleConfig
 from ..ensemble.processing import PositionwiseProcessor
+from ..ensemble.union import Union
 from ..members.adapters import is_model
 from ..members.placement import Placed, device_of
 from ..members.prompts import Prompt
@@ -37,6 +38,8 @@ class Call:
         media (`dict[str, torch.Tensor]`): Images and videos that the main model has encoded already, as its caller gave
             them.
         ranks (`Ranks`): The processes that decode together.
+        union (`Union`, *optional*): The vocabulary, where members have different tokenizers: `prompts` then has one for
+            each assistant.
     """
 
     model: PreTrainedModel
@@ -54,6 +57,7 @@ class Call:
     media: dict[str, torch.Tensor]
     ranks: Ranks
     model_kwargs: dict[str, Any]
+    union: Union | None = None
 
     @property
     def models(self) -> list[PreTrainedModel]:
@@ -112,7 +116,7 @@ class Call:
     @property
     def repeats(self) -> int:
         """How many rows there are for each prompt."""
-        return max(self.generation_config.num_beams or 1, self.generation_config.num_return_sequences or 1)
+        return repeats_of(self.generation_config)
 
     def text(self) -> Text:
         """Of its rows, before the first new token."""
@@ -168,3 +172,8 @@ class Call:
             kwargs |= {name: value.to(assistant.device) for name, value in expanded.items()}
             kwargs = encoded(assistant, kwargs.get("inputs_embeds"), kwargs, None, config)
         return kwargs
+
+
+def repeats_of(config: GenerationConfig) -> int:
+    """How many rows there are for each prompt."""
+    return max(config.num_beams or 1, config.num_return_sequences or 1)

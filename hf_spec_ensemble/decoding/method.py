@@ -22,8 +22,9 @@ from ..members.cache import (
 from ..members.prompts import split
 from ..members.ranks import ranks_of
 from ..trace import Trace
-from .call import Call
+from .call import Call, repeats_of
 from .drafter import chosen_drafter
+from .families import check_union, prompts_for, tokenizer_list, union_for
 from .output import (
     EnsembleDecoderOnlyOutput,
     EnsembleEncoderDecoderOutput,
@@ -55,6 +56,7 @@ def ensemble_decoding(
     inputs_tensor: torch.Tensor | None = None,
     media: dict[str, torch.Tensor] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
     **model_kwargs,
 ) -> EnsembleDecoderOnlyOutput | EnsembleEncoderDecoderOutput | torch.LongTensor:
     r"""
@@ -76,7 +78,9 @@ def ensemble_decoding(
             The images and videos that `generate()` was given, for the assistants: of the main model's it passes on only
             what its encoders made of them. `generate(ensemble_config=...)` sees to that.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Of the members, for the text of a trace.
+            Of the main model, for the text of a trace, and for members with other tokenizers.
+        assistant_tokenizer (`PreTrainedTokenizerBase` or a list of them, *optional*):
+            Of the other members, where they have tokenizers of their own: one for all, or one for each.
 
     Returns:
         `torch.LongTensor` `[B, T]`, or with `return_dict_in_generate=True` an `EnsembleDecoderOnlyOutput` or
@@ -106,15 +110,16 @@ def ensemble_decoding(
     """
     call = checked_call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
-        assistant_models, ensemble_config, drafter, inputs_tensor, media, **model_kwargs,
+        assistant_models, ensemble_config, drafter, inputs_tensor, media, tokenizer, assistant_tokenizer,
+        **model_kwargs,
     )  # fmt: skip
     call.ranks.share_random_state(input_ids.device)
     keep_whole_source(call.cache)
-    decode = speculative if call.config.speculative else standard
+    decode = speculative if call.config.speculative or call.union is not None else standard
     with restored_on_error(call.cache):
         output = decode(call)
     if tokenizer is not None and isinstance(getattr(output, "trace", None), Trace):  # a tensor has a `trace` too
-        output.trace = output.trace.with_tokenizer(tokenizer)
+        output.trace = output.trace.with_tokenizer(call.union or tokenizer)
     return output
 
 
@@ -132,23 +137,32 @@ def checked_call(
     inputs_tensor: torch.Tensor | None = None,
     media: dict[str, torch.Tensor] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
     **model_kwargs,
 ) -> Call:
     """What `ensemble_decoding` decodes, whose arguments and errors these are. Nothing is read yet."""
     assistants = assistant_list(assistant_models)
     config = ensemble_config or EnsembleConfig()
     drafter = chosen_drafter(drafter, config)
-    config = check_members([model, *assistants], config, drafter)
+    tokenizers = tokenizer_list(tokenizer, assistant_tokenizer, len(assistants))
+    config = check_members([model, *assistants], config, drafter, tokenizers)
     (*assistants, drafter), own_prompts = split([*assistants, drafter])
     check_call(config, generation_config, logits_processor, input_ids, model_kwargs)
     encoded = model_kwargs.get("mm_encoder_outputs")
     media = {name: value for name, value in (media or {}).items() if encoded and name not in model_kwargs}
     models = [model, *assistants, *([drafter] if is_model(drafter) else [])]
     prompts = [None, *own_prompts][: len(models)]
+    union = union_for(models, tokenizers, config, generation_config)
+    if union is not None:
+        check_union(generation_config, drafter, bool(encoded or media))
+        mask, repeats = model_kwargs.get("attention_mask"), repeats_of(generation_config)
+        prompts = prompts_for(
+            models, tokenizers, prompts, *(x if x is None else x[::repeats] for x in (input_ids, mask))
+        )
     check_media([m for m, own in zip(models[1:], prompts[1:]) if own is None], encoded, media, model_kwargs)
 
     synced_gpus = check_sharding(models, config, synced_gpus)
     return Call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, assistants,
-        prompts, config, drafter, inputs_tensor, media, ranks_of(models), model_kwargs,
+        prompts, config, drafter, inputs_tensor, media, ranks_of(models), model_kwargs, union,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDe
 from ..trace import Trace
 from .call import Call
 from .final_scores import FinalScores, padding
+from .writing import Writer
 
 
 @dataclass
@@ -175,6 +176,7 @@ class Transcript:
         self.scores = () if keeps and call.returns("scores") else None  # one tensor [B, V] a column
         self.logits = () if keeps and call.returns("logits") else None
         self.lengths = np.zeros(len(prompt), int)  # [B]: tokens committed of texts that had not finished
+        self.writer = None if call.union is None else Writer(call.union.maps[0], prompt, call.pad_token_id)
         self._rows: dict[str, list[list[torch.Tensor]]] = {
             name: [[] for _ in prompt] for name in ("scores", "logits") if getattr(self, name) is not None
         }
@@ -183,6 +185,11 @@ class Transcript:
     def new_tokens(self) -> int:
         """Tokens committed, by row."""
         return self.sequences.shape[1] - self.prompt_length
+
+    @property
+    def written(self) -> torch.Tensor:
+        """What `generate()` returns `[B, T]`: prompts and texts, in the main model's ids."""
+        return self.sequences if self.writer is None else self.writer.sequences()
 
     @property
     def wanted(self) -> np.ndarray:
@@ -212,12 +219,20 @@ class Transcript:
             self.lengths = self.lengths + self.wanted
             self._keep(tokens)
             self.sequences = torch.cat([self.sequences, tokens[:, None]], dim=1)
-            done = self.ranks.agree(self.stopping_criteria(self.sequences, self.scores))
+            written = tokens[:, None] if self.writer is None else self.writer.put(tokens, self.wanted.tolist())
+            done = self.ranks.agree(self._stop())
             self.unfinished = self.unfinished & ~done.cpu().numpy()
             if self.tell is not None:
                 self.tell(column - self.prompt_length)
             if self.streamer is not None:
-                self.streamer.put(tokens.cpu())
+                for column in written.cpu().T:
+                    self.streamer.put(column)
+
+    def _stop(self) -> torch.Tensor:
+        """Which rows `[B]` stop with their last token."""
+        if self.writer is None:
+            return self.stopping_criteria(self.sequences, self.scores)
+        return self.writer.asked(self.stopping_criteria, self.sequences, self.scores)
 
     def take(self, final_scores: FinalScores) -> None:
         """Takes scores and logits at the end, where they were not known when tokens were committed."""

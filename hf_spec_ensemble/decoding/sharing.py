@@ -56,7 +56,7 @@ def share_passes(call: Call, roles: Roles, each: Sequence[Member]) -> Readers:
         each (`Sequence[Member]`): The N members and the model that drafts, which have read nothing yet.
     """
     wanted, shared = call.config.share_passes, {}
-    if wanted is not False and not isinstance(call.ranks, Together):
+    if wanted is not False and call.union is None and not isinstance(call.ranks, Together):
         shared = _shared(call, roles, each[: roles.members])
     apart, together = Readers.of(roles, each, {}), Readers.of(roles, each, shared)
     if wanted is True:

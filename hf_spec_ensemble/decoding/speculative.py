@@ -10,12 +10,14 @@ import torch
 
 from ..compat import OUTPUT_CACHE, given_cache
 from ..ensemble.distribution import EnsembleDistribution
+from ..ensemble.union import Map
 from ..members.cache import can_roll_back, decoder_layers, without_fresh_static_cache
 from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
 from ..members.member import Member
 from ..members.ranks import Together
 from ..members.rows import SharedMember
+from ..members.translated import TranslatedMember
 from ..members.uncached import member_of
 from ..notices import STANDARD
 from ..schedule.acceptance import Acceptance
@@ -103,13 +105,17 @@ def prepare(call: Call) -> tuple[Roles, Readers, EnsembleCandidateGenerator]:
     roles = Roles.of(config, [m.num_parameters() for m in [call.model, *call.assistants]], call.drafter is not None)
     if not config.speculative:
         roles = replace(roles, order=roles.order[: roles.members])
-    check_prompt(call.input_ids, [models[i] for i in roles.order[: roles.members]])
+    if call.union is None:
+        check_prompt(call.input_ids, [models[i] for i in roles.order[: roles.members]])
     input_ids = call.input_ids.long()  # as transformers' loops return them, whatever they were
     each = _members(call, roles)
     members = each[: roles.members]
-    vocabulary = shared_vocabulary([member.model for member in members])
-    for drafter in each[roles.members :]:
-        drafter.read_as_if_known(vocabulary[0])
+    if call.union is None:
+        vocabulary = shared_vocabulary([member.model for member in members])
+        for drafter in each[roles.members :]:
+            drafter.read_as_if_known(vocabulary[0])
+    else:
+        vocabulary = call.union.width, call.union.width
     text = call.text()
     distribution = EnsembleDistribution(
         roles.config(config),
@@ -117,6 +123,7 @@ def prepare(call: Call) -> tuple[Roles, Readers, EnsembleCandidateGenerator]:
         vocabulary,
         input_ids.device,
         titles_of(models, roles.order[: roles.members]),
+        call.union and call.union.common,
     )
     drawing = call.drawing(distribution.config)
     wanted = call.returns("scores"), call.returns("logits")
@@ -170,7 +177,21 @@ def _members(call: Call, roles: Roles) -> list[Member]:
         _check_roll_back(reader)
     if call.config.check_members:
         check_reading(readers, speculative=True, ranks=call.ranks, new_tokens=call.max_new_tokens)
-    return readers
+    if call.union is None:
+        return readers
+    places = [i for i in roles.order if i < len(models)]
+    return [_translated(reader, call.union.maps[i]) for reader, i in zip(readers, places)]
+
+
+def _translated(member: Member, way: Map) -> Member:
+    if way.is_identity:
+        return member
+    if member.in_step and len(member.prompt) > 1:
+        raise ValueError(
+            f"A {type(member.model).__name__} wants all rows of a batch to be equally long, which they are not for "
+            "members with different tokenizers: give one prompt at a time."
+        )
+    return TranslatedMember(member, way)
 
 
 def _check_roll_back(member: Member) -> None:
@@ -197,7 +218,7 @@ def _schedule(
         kept_name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
         config.coupling, config.alternate, call.generation_config.do_sample, batch, kept_name(call.drafter),
         models[0].runner.way, tuple(own is not None for own in call.prompts), type(settling),
-        tuple(map(tuple, readers.groups)),
+        tuple(map(tuple, readers.groups)), call.union is not None,
     )  # fmt: skip
     memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
     costs = [author.costs for author in authors]
@@ -227,7 +248,7 @@ def _report(
     if call.streamer is not None:
         call.streamer.end()
     if not as_dict:
-        return transcript.sequences
+        return transcript.written
 
     seats = roles.sharing(readers.groups)
 
@@ -253,7 +274,7 @@ def _report(
         authors=call.names,
     )
     return output_class(call.model)(
-        sequences=transcript.sequences,
+        sequences=transcript.written,
         scores=transcript.scores,
         logits=transcript.logits,
         stats=stats,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import CandidateGenerator
 
 from ..compat import forward_parameters, given_cache
@@ -16,12 +16,10 @@ from ..members.prompts import PromptView, model_of
 from ..members.ranks import is_sharded
 from ..notices import STANDARD, warn_once
 from .drafter import PROMPT_LOOKUP, chosen_drafter, is_named
+from .families import PADDING_SHARE, differ
 from .suffixes import Suffixes
-from .vocabulary import UNCOMPARED, check_beside
+from .vocabulary import HOW, UNCOMPARED, check_beside
 
-
-# Vocabularies of one tokenizer that are padded to different sizes differ by less than this share (Qwen2.5: 0.1 %).
-PADDING_SHARE = 0.02
 
 # What vision-language models are given besides text, as far as other models do not know it.
 MEDIA = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches", "input_features")
@@ -45,10 +43,11 @@ def check_members(
     members: list[PreTrainedModel],
     config: EnsembleConfig,
     drafter: PreTrainedModel | str | CandidateGenerator | None = None,
+    tokenizers: list[PreTrainedTokenizerBase] | None = None,
 ) -> EnsembleConfig:
     """
     Checks that `members` (`[model, *assistant_models]`) can form the ensemble that `config` describes, and that
-    `drafter` can propose to it.
+    `drafter` can propose to it. `tokenizers` are those of the members, where they are at hand.
 
     Returns:
         `EnsembleConfig`: `config.for_members(...)` of them.
@@ -92,6 +91,11 @@ def check_members(
                 f"Encoder-decoder and decoder-only models cannot form an ensemble, but {name} is a "
                 f"{type(member).__name__} and the main model a {type(members[0]).__name__}: use members of one kind."
             )
+    if tokenizers is not None:  # no need to look beside the models
+        compared = named[1 : len(members)]
+        if not differ(members, tokenizers):
+            shared_vocabulary(members)
+        named = [each for each in named if each not in compared]
     _, shared = shared_vocabulary([member for member, _ in named])
     if not check_beside(named, shared):
         warn_once(UNCOMPARED)
@@ -110,7 +114,7 @@ def shared_vocabulary(members: list[PreTrainedModel]) -> tuple[int, int]:
     if max(sizes) - min(sizes) > PADDING_SHARE * max(sizes):
         raise ValueError(
             f"The members have different vocabularies, of {sizes} tokens in the order [model, *assistant_models]. An "
-            "ensemble combines the probabilities of the same tokens, so all members must share one tokenizer."
+            f"ensemble combines the probabilities of the same tokens: use members that share one tokenizer, or {HOW}."
         )
     if max(sizes) != min(sizes):
         warn_once(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +20,11 @@ from ..members.adapters import base_of
 
 Tokens = dict[str, int]  # what a tokenizer knows, with ids
 TOKENIZER = "tokenizer.json"
+
+HOW = (
+    "give the tokenizers of all, `tokenizer=...` and `assistant_tokenizer=...` (a list for several), and they are "
+    "combined over the union of their tokens"
+)
 
 UNCOMPARED = (
     "The tokenizers of the members could not be compared, since not all have files beside the models: make sure that "
@@ -100,6 +106,17 @@ def differences(one: Mapping[str, int], other: Mapping[str, int], shared: int) -
     )
 
 
+_kept: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> how many tokens it had, and these
+
+
+def kept_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The tokens of a tokenizer, which are asked for once."""
+    held = _kept.get(tokenizer)
+    if held is None or held[0] != len(tokenizer):
+        _kept[tokenizer] = held = len(tokenizer), tokenizer.get_vocab()
+    return held[1]
+
+
 def tokens_of(tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
     """The tokens of a tokenizer; `None` of one that transformers made from no files, as it does for some kinds."""
     tokens = tokenizer.get_vocab()
@@ -112,7 +129,7 @@ def _error(found: list[tuple[int, str, str]], main: str, other: str) -> ValueErr
     return ValueError(
         f"The members have different tokenizers: token {i} is {one!r} for {main} and {two!r} for {other}"
         f"{f', and {len(found) - 1} more differ' if found[1:] else ''}. An ensemble combines the probabilities of the "
-        "same tokens: use models that share one tokenizer."
+        f"same tokens: use models that share one tokenizer, or {HOW}."
     )
 
 

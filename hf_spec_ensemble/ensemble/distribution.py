@@ -26,6 +26,7 @@ class EnsembleDistribution:
             members share: beyond those a token has probability zero.
         device (`torch.device`): Where everything is computed: that of the main model's inputs.
         names (`Sequence[str]`, N, *optional*): What errors call the members.
+        common (`torch.LongTensor` `[C]`, *optional*): Columns that all members share, where these are not the first.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class EnsembleDistribution:
         vocab_sizes: tuple[int, int],
         device,
         names: Sequence[str] = (),
+        common: torch.Tensor | None = None,
     ):
         self.names = names
         self.peak: torch.Tensor | None = None  # [B, K]: the greatest of what `target` last made r of
@@ -42,6 +44,9 @@ class EnsembleDistribution:
         self.process = process
         self.width, self.shared = vocab_sizes
         self.device = device
+        self.common = None if common is None else common.to(device)
+        if common is None and callable(config.method) and self.shared < self.width:
+            self.common = torch.arange(self.shared, device=device)  # a user's function sees no padding
         self.on_raw_logits = config.combine_on == "raw_logits"
         self.on_probs = works_on_probs(config)
 
@@ -129,7 +134,8 @@ class EnsembleDistribution:
         ]
         peak = float(self.peak[row, 0])
         if not found and self.on_raw_logits:
-            combined = float(combine([one[..., : self.shared] for one in evidence], self.config).amax())
+            columns = torch.arange(self.shared, device=self.device) if self.common is None else self.common
+            combined = float(combine([one.index_select(-1, columns) for one in evidence], self.config).amax())
             if math.isfinite(combined):
                 found = [f"the logits processors leave {named(peak)}"]
                 if self.config.plausibility > 0 and self.process.once_a_token:
@@ -141,12 +147,12 @@ class EnsembleDistribution:
         return ValueError(f"{place} has no distribution to be drawn from: {'; '.join(found)}.")
 
     def _combined(self, evidence, config, ids, first, count) -> torch.Tensor:
-        if callable(config.method) and self.shared < self.width:  # a user's function sees no padding
-            known = combine([scores[..., : self.shared] for scores in evidence], config)
-            combined = evidence[0].new_full(evidence[0].shape, 0.0 if self.on_probs else -torch.inf)
-            combined[..., : self.shared] = known
-        else:
+        if self.common is None:
             combined = combine(evidence, config)
+        else:
+            known = combine([scores.index_select(-1, self.common) for scores in evidence], config)
+            combined = evidence[0].new_full(evidence[0].shape, 0.0 if self.on_probs else -torch.inf)
+            combined.index_copy_(-1, self.common, known)
         return self.process(combined, ids, first, count) if self.on_raw_logits else combined
 
     def _as(self, form: str, values: torch.Tensor) -> torch.Tensor:

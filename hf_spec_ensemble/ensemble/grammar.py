@@ -47,6 +47,7 @@ class GrammarMask:
                 if allowed is not None:
                     width = min(len(allowed), logits.shape[-1])
                     logits[b, j, :width].masked_fill_(~allowed[:width].to(logits.device), -torch.inf)
+                    logits[b, j, width:] = -torch.inf  # tokens that the grammar does not know
         return logits
 
     def _begin(self, batch: int, prompt_length: int) -> None:

@@ -13,14 +13,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import AUTO, CONFIG_NAME, EnsembleConfig, config_file
-from ..decoding.vocabulary import UNCOMPARED, check_tokens, tokens_of
+from ..members.prompts import with_prompt
 from ..notices import warn_once
 from ..version import __version__
 from .card import ensemble_card, on_the_hub
 from .references import ACCESS, MemberReference, Source, entry_of, read_ensemble, read_entry
+from .tokenizers import Tokenizers, encoded, tokenizers_of
 
 
 FILES = (CONFIG_NAME, "README.md", "custom_generate/generate.py", "custom_generate/requirements.txt")
@@ -36,6 +37,7 @@ class Ensemble:
         config (`EnsembleConfig`): How they are combined.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The main model's.
         drafter (`PreTrainedModel` or `str`, defaults to `"auto"`): As for `generate(drafter=...)`.
+        assistant_tokenizers (`list[PreTrainedTokenizerBase]`, *optional*): The other members', where they differ.
     """
 
     model: PreTrainedModel
@@ -43,6 +45,7 @@ class Ensemble:
     config: EnsembleConfig
     tokenizer: PreTrainedTokenizerBase | None = None
     drafter: PreTrainedModel | str | None = AUTO
+    assistant_tokenizers: list[PreTrainedTokenizerBase] | None = None
 
     @classmethod
     def load(cls, members: Sequence[Source], config: EnsembleConfig, drafter: Source | None = AUTO, **kwargs):
@@ -56,21 +59,53 @@ class Ensemble:
             kwargs: For every model's `from_pretrained`: `device_map`, `dtype`, `token`, ...
 
         Raises:
-            `ValueError`: before anything is loaded, for members that do not fit the config or have other tokenizers
-                than the main model.
+            `ValueError`: before anything is loaded, for members that do not fit the config, and for a drafter with
+                another tokenizer than the main model.
             `OSError`: for one that is not found.
             `TypeError`: for what is no list of members, or no config.
         """
         entry = entry_of(members, config, drafter)
         config, references, drafting = read_entry(entry)
-        tokenizer = _shared_tokenizer(references, drafting, {name: kwargs[name] for name in ACCESS if name in kwargs})
+        access = {name: kwargs[name] for name in ACCESS if name in kwargs}
+        tokenizer, theirs = tokenizers_of(references, drafting, access)
         model, *assistants = (reference.load(**kwargs) for reference in references)
         drafting = drafting.load(**kwargs) if isinstance(drafting, MemberReference) else drafting
-        return cls(model, assistants, config, tokenizer, drafting)
+        return cls(model, assistants, config, tokenizer, drafting, theirs)
+
+    def encode(self, prompts: str | list) -> dict[str, Any]:
+        """
+        What `generate` is given for prompts: `ensemble.generate(**ensemble.encode(prompts))`. Where tokenizers differ,
+        every member has the prompt in its own tokens, by its own chat template.
+
+        Args:
+            prompts (`str` or `list`): A text, or messages (`[{"role": "user", "content": "..."}]`); or a list of
+                either. A member without a chat template reads the messages' texts.
+
+        Returns:
+            `dict`: `input_ids` and `attention_mask` `[B, P]` of the main model, and perhaps `assistant_model`.
+
+        Example:
+
+        >>> from hf_spec_ensemble import EnsembleConfig
+        >>> from hf_spec_ensemble.demo import FAMILY
+        >>> from hf_spec_ensemble.hub import Ensemble
+
+        >>> ensemble = Ensemble.load([FAMILY / "reader", FAMILY / "solver"], EnsembleConfig())
+        >>> ids = ensemble.generate(**ensemble.encode("2 + 2 ="), max_new_tokens=8)
+        """
+        single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict))
+        prompts = [prompts] if single else prompts
+        inputs = {name: x.to(self.model.device) for name, x in encoded(self.tokenizer, prompts).items()}
+        if self.assistant_tokenizers is not None:
+            pairs = zip(self.assistant_models, self.assistant_tokenizers)
+            inputs["assistant_model"] = [with_prompt(model, **encoded(own, prompts)) for model, own in pairs]
+        return inputs
 
     def generate(self, *args, **kwargs):
         """`model.generate` of the ensemble; takes and returns all that this does."""
         ours = dict(assistant_model=self.assistant_models, ensemble_config=self.config, drafter=self.drafter)
+        if self.assistant_tokenizers is not None:
+            ours |= dict(tokenizer=self.tokenizer, assistant_tokenizer=self.assistant_tokenizers)
         return self.model.generate(*args, **ours | kwargs)
 
 
@@ -226,11 +261,14 @@ def generate_with(entry: dict[str, Any], model: PreTrainedModel, **kwargs):
     if name != members[0].name:
         warn_once(f"This ensemble was saved with {members[0].name!r} as its main model, and runs with {name!r}.")
     device = str(model.device)
+    tokenizer, theirs = _tokenizers_once(tuple(members), drafter)
     ours = dict(
         assistant_model=[_loaded_once(member, device) for member in members[1:]],
         ensemble_config=kwargs.pop("ensemble_config", None) or config,
         drafter=_loaded_once(drafter, device) if isinstance(drafter, MemberReference) else drafter,
     )
+    if theirs is not None:
+        ours |= dict(tokenizer=tokenizer, assistant_tokenizer=theirs)
     # Not `model.generate`: transformers replaces that where the ensemble lies in the model's own repository
     return type(model).generate(model, **ours | kwargs)
 
@@ -240,27 +278,12 @@ def _loaded_once(member: MemberReference, device: str) -> PreTrainedModel:
     return member.load().to(device)
 
 
-def _shared_tokenizer(
-    members: list[MemberReference], drafter: MemberReference | str | None, access: dict[str, Any]
-) -> PreTrainedTokenizerBase:
-    """The main model's tokenizer, which the others must have too; raises a `ValueError` otherwise."""
-    named = {each: f"assistant model {i} ({each.name!r})" for i, each in enumerate(members)}
-    named |= {drafter: f"the drafter ({drafter.name!r})"} if isinstance(drafter, MemberReference) else {}
-    named[members[0]] = f"the main model ({members[0].name!r})"
-    tokenizers, sizes = {}, []
-    for each in named:
-        where = {"revision": each.revision or "main", **access}
-        sizes.append(AutoConfig.from_pretrained(each.name, **where).get_text_config().vocab_size)
-        try:
-            tokenizers[each] = AutoTokenizer.from_pretrained(each.name, **where)
-        except (OSError, ValueError):
-            if each == members[0]:
-                raise
-            tokenizers[each] = None  # a folder of weights alone
-    tokens = [(tokenizer and tokens_of(tokenizer), named[each]) for each, tokenizer in tokenizers.items()]
-    if not check_tokens(tokens, min(sizes)):
-        warn_once(UNCOMPARED)
-    return tokenizers[members[0]]
+@cache
+def _tokenizers_once(members: tuple[MemberReference, ...], drafter: MemberReference | str | None) -> Tokenizers:
+    try:
+        return tokenizers_of(members, drafter, {})
+    except OSError:  # without one `generate` compares what is beside the models
+        return None, None
 
 
 GENERATE = '''"""Decodes an ensemble: model.generate(..., custom_generate="this repository", trust_remote_code=True)."""

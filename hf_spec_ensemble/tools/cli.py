@@ -20,7 +20,7 @@ from ..members.adapters import is_model
 from ..trace import TraceStreamer
 from ..trace.html import page_of
 from . import options
-from .arguments import check_device, config_of, default_device, drafter_of, encode, locate
+from .arguments import check_device, config_of, default_device, drafter_of, locate
 
 
 PROGRAMS = {"bench": "..bench.__main__", "fit": ".fit", "eval": ".harness"}  # commands with modules of their own
@@ -61,7 +61,8 @@ def _generate(args: argparse.Namespace) -> None:
     sampling = {name: value for name, value in sampling.items() if value is not None}
     alone, streamer = len(prompts) == 1, TraceStreamer if args.show else TextStreamer
     for prompt in tqdm(prompts, disable=alone, unit="prompt"):
-        inputs = encode(ensemble.tokenizer, prompt).to(ensemble.model.device)
+        chat = ensemble.tokenizer.chat_template is not None
+        inputs = ensemble.encode([{"role": "user", "content": prompt}] if chat else prompt)
         set_seed(args.seed)
         out = ensemble.generate(
             **inputs,

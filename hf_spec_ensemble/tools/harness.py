@@ -17,12 +17,14 @@ from transformers import LogitsProcessorList
 
 from ..config import AUTO, EnsembleConfig
 from ..decoding.drafter import is_named
+from ..decoding.families import tokenizer_list, union_for
 from ..decoding.validate import check_members, shared_vocabulary
 from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.processing import PositionwiseProcessor
 from ..hub import Ensemble, MemberReference, load_ensemble
 from ..members.adapters import is_model
 from ..members.placement import device_of
+from ..members.translated import translated
 from .arguments import check_device, drafter_of, locate
 
 
@@ -100,9 +102,14 @@ class SpecEnsembleLM(HFLM):
         self.members = [member.to(device) for member in (loaded.model, *loaded.assistant_models)]
         if is_model(loaded.drafter):
             loaded.drafter.to(device)
-        config = check_members(self.members, loaded.config, loaded.drafter)
+        self.tokenizers = tokenizer_list(loaded.tokenizer, loaded.assistant_tokenizers, len(self.members) - 1)
+        config = check_members(self.members, loaded.config, loaded.drafter, self.tokenizers)
         nothing, device = PositionwiseProcessor(LogitsProcessorList()), device_of(loaded.model)
-        self.distribution = EnsembleDistribution(config, nothing, shared_vocabulary(self.members), device)
+        self.union = union_for(self.members, self.tokenizers, config, loaded.model.generation_config)
+        width = self.union and self.union.width
+        sizes = (width, width) if width else shared_vocabulary(self.members)
+        common = self.union and self.union.common
+        self.distribution = EnsembleDistribution(config, nothing, sizes, device, common=common)
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, device=str(device), **kwargs)
 
     @torch.no_grad()
@@ -110,14 +117,28 @@ class SpecEnsembleLM(HFLM):
         """log r, `[B, T, V]`, which the harness takes for logits: their log-softmax is themselves."""
         given = {"input_ids": inps, "attention_mask": attn_mask, "labels": labels}
         evidence = []
-        for member in self.members:
-            there = {name: value.to(device_of(member)) for name, value in given.items() if value is not None}
-            logits = self.distribution.align(member(**there).logits)
+        for i, member in enumerate(self.members):
+            if self.union is None:
+                there = {name: value.to(device_of(member)) for name, value in given.items() if value is not None}
+                logits = member(**there).logits
+            else:
+                logits = self._translated_call(i, inps)
+            logits = self.distribution.align(logits)
             evidence.append(self.distribution.evidence(logits, inps, None, None))  # no processors: every place alike
         return self.distribution.target(evidence, inps, None, None, "log_probs")
 
+    def _translated_call(self, i: int, ids: torch.Tensor) -> torch.Tensor:
+        """A member's logits over the union after every token of texts `[B, T]` in the main model's ids."""
+        member, way = self.members[i], self.union.maps[i].to(device_of(self.members[i]))
+        begin = [] if i == 0 else self.tokenizers[i]("")["input_ids"]
+        own, mask, ends = (x.to(device_of(member)) for x in translated(way, ids.tolist(), begin))
+        logits = member(input_ids=own, attention_mask=mask).logits
+        return way.logits(logits.gather(1, ends[:, :, None].expand(-1, -1, logits.shape[-1])))
+
     def _model_generate(self, context, max_length, stop, **generation_kwargs) -> torch.Tensor:
         ours = dict(assistant_model=self.members[1:], ensemble_config=self.ensemble.config)
+        if self.union is not None:
+            ours |= dict(tokenizer=self.tokenizers[0], assistant_tokenizer=self.tokenizers[1:])
         return super()._model_generate(
             context, max_length, stop, drafter=self.ensemble.drafter, **ours, **generation_kwargs
         )

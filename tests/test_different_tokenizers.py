@@ -1,0 +1,131 @@
+"""Members with different tokenizers: texts are those of the ensemble over the union, by its definition."""
+
+import pytest
+import torch
+from mixed import TEXTS, Definition, family
+
+from hf_spec_ensemble import EnsembleConfig
+
+
+ORDERS = [(0, 2), (2, 0), (0, 1, 2), (2, 1, 0)]
+WEIGHTS = {2: [0.6, 0.4], 3: [0.5, 0.3, 0.2]}
+SIGNED = {2: [1.5, -0.5], 3: [1.0, 0.7, -0.7]}
+
+
+def weighted(probs):
+    return torch.einsum("n,nbw->bw", torch.tensor(WEIGHTS[len(probs)]).double(), probs)
+
+
+def product(probs):
+    return torch.einsum("n,nbw->bw", torch.tensor(SIGNED[len(probs)]).double(), probs.log()).softmax(-1)
+
+
+def contrastive(probs):
+    scores = probs[0].log() - 0.4 * probs[1].log()
+    plausible = probs[0] >= 0.1 * probs[0].amax(-1, keepdim=True)
+    return torch.where(plausible, scores, -torch.inf).softmax(-1)
+
+
+def root_mean_square(probs):
+    return probs.square().mean(0).sqrt()
+
+
+METHODS = {
+    "weighted": (weighted, False, lambda n: dict(weights=WEIGHTS[n])),
+    "product": (product, True, lambda n: dict(method="product", weights=SIGNED[n])),
+    "contrastive": (contrastive, True, lambda n: dict(method="contrastive", contrast=0.4, plausibility=0.1)),
+    "callable": (
+        lambda probs: root_mean_square(probs) / root_mean_square(probs).sum(-1, keepdim=True),
+        True,
+        lambda n: dict(method=root_mean_square, combine_on="probs"),
+    ),
+}
+
+
+def encoded(tokenizer, texts):
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def generate(order, texts, name, **kwargs):
+    models, tokenizers = family(order)
+    config = METHODS[name][2](len(order))
+    ours = {key: kwargs.pop(key) for key in EnsembleConfig.__dataclass_fields__ if key in kwargs}
+    inputs = encoded(tokenizers[0], texts)
+    out = models[0].generate(
+        **inputs, assistant_model=models[1:], tokenizer=tokenizers[0], assistant_tokenizer=tokenizers[1:],
+        ensemble_config=EnsembleConfig(**config, **ours), **dict(max_new_tokens=12) | kwargs,
+    )  # fmt: skip
+    return out, inputs["input_ids"].shape[1]
+
+
+def new_tokens(sequences, length, order):
+    tokenizer = family(order)[1][0]
+    rows = []
+    for row in sequences[:, length:].tolist():
+        end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+        while end and row[end - 1] == tokenizer.pad_token_id:
+            end -= 1
+        rows.append(row[:end])
+    return rows
+
+
+def definition(order, name):
+    mix, common, _ = METHODS[name]
+    return Definition(*family(order), mix, common)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", METHODS)
+def test_greedy_text_is_the_definitions(name, order, batch):
+    if name == "contrastive" and len(order) > 2:
+        pytest.skip("takes two members")
+    wanted = [definition(order, name).greedy(text, 12) for text in TEXTS[:batch]]
+    for more in (dict(num_assistant_tokens=3), dict(speculative=False), {}):
+        out, length = generate(order, TEXTS[:batch], name, do_sample=False, **more)
+        assert new_tokens(out, length, order) == wanted
+
+
+# --- Samples ------------------------------------------------------------------------------------------------------
+
+DRAWS = 20_000
+LEAST = 5 / DRAWS  # outcomes that are expected less often are pooled
+
+
+def chi_square_p(order, name, prompts, definition_=None, **kwargs) -> float:
+    """Of texts of three tokens, in the main model's ids, against the definition."""
+    draws = -(-DRAWS // prompts)
+    torch.manual_seed(0)
+    out, length = generate(
+        order, TEXTS[:prompts], name, do_sample=True, top_k=0, max_new_tokens=3, num_return_sequences=draws, **kwargs
+    )
+    drawn = new_tokens(out, length, order)
+    statistic, freedom = 0.0, 0
+    for i, text in enumerate(TEXTS[:prompts]):
+        probs = (definition_ or definition(order, name)).likely(text, 3, LEAST * prompts)
+        probs = {key: p for key, p in probs.items() if p >= LEAST * prompts}
+        counts = dict.fromkeys(probs, 0)
+        for row in drawn[i * draws : (i + 1) * draws]:
+            if tuple(row) in counts:
+                counts[tuple(row)] += 1
+        pairs = [(counts[key], p * draws) for key, p in probs.items()]
+        pairs.append((draws - sum(counts.values()), draws * (1 - sum(probs.values()))))
+        assert len(pairs) > 30
+        statistic += sum((count - expected) ** 2 / expected for count, expected in pairs)
+        freedom += len(pairs) - 1
+    return torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(statistic / 2)).item()
+
+
+SAMPLES = [
+    ("weighted", (0, 2), 1, dict(coupling="maximal", num_assistant_tokens=2)),
+    ("weighted", (2, 1, 0), 3, {}),  # ancestral
+    ("product", (2, 0), 1, {}),  # gumbel
+    ("product", (0, 1, 2), 3, dict(coupling="maximal", num_assistant_tokens=2)),
+]
+
+
+@pytest.mark.parametrize("name,order,prompts,kwargs", SAMPLES)
+def test_samples_follow_the_definition(name, order, prompts, kwargs):
+    assert chi_square_p(order, name, prompts, **kwargs) > 1e-3
