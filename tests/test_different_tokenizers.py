@@ -90,7 +90,7 @@ def test_greedy_text_is_the_definitions(name, order, batch):
 
 # --- Samples ------------------------------------------------------------------------------------------------------
 
-DRAWS = 20_000
+DRAWS = 10_000
 LEAST = 5 / DRAWS  # outcomes that are expected less often are pooled
 
 
@@ -112,7 +112,7 @@ def chi_square_p(order, name, prompts, definition_=None, **kwargs) -> float:
                 counts[tuple(row)] += 1
         pairs = [(counts[key], p * draws) for key, p in probs.items()]
         pairs.append((draws - sum(counts.values()), draws * (1 - sum(probs.values()))))
-        assert len(pairs) > 30
+        assert len(pairs) > 20
         statistic += sum((count - expected) ** 2 / expected for count, expected in pairs)
         freedom += len(pairs) - 1
     return torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(statistic / 2)).item()

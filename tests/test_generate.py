@@ -440,7 +440,7 @@ REFUSED = {
         "`prompt_lookup_num_tokens` .*another decoding method",
     ),
     "assistant weight": (dict(assistant_ensemble_weight=0.5), ValueError, "`assistant_ensemble_weight`"),
-    "tokenizer": (dict(assistant_tokenizer=tokenizer()), ValueError, "`assistant_tokenizer` is not supported"),
+    "tokenizer": (dict(assistant_tokenizer=tokenizer()), ValueError, "`assistant_tokenizer` is given without"),
     "stateful processor": (dict(guidance_scale=1.5), ValueError, "may keep state from call to call"),
     "prefill chunks": (dict(prefill_chunk_size=2), ValueError, "`prefill_chunk_size`"),
     "misspelt argument": (dict(max_new_tokenz=3), ValueError, "max_new_tokenz"),

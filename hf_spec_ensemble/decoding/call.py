@@ -57,7 +57,7 @@ class Call:
     media: dict[str, torch.Tensor]
     ranks: Ranks
     model_kwargs: dict[str, Any]
-    union: Union | None = None
+    union: Union | None
 
     @property
     def models(self) -> list[PreTrainedModel]:
