@@ -12,7 +12,7 @@ transformers' own assisted generation, on tasks.
 The folder --out gets every measurement as JSON lines as it is made (the same command continues after an interrupt, and
 more tasks, variants or prompts may be added), a table in Markdown, and plots.
 
-Several processes share the prompts out among them, on GPUs one each. Each writes a file of its own in --out, and the
+Several processes share the prompts; each GPU runs one process. Each writes a file of its own in --out, and the
 last one to end the table and plots:
 
     accelerate launch --multi_gpu --num_processes 2 -m hf_spec_ensemble.bench

@@ -1,8 +1,8 @@
 """The measurements as JSON lines: a header with all that they have in common, then one line for each, as it is made.
 
 A folder holds a file of them for each process. A line's key is all that may differ within it. What is there is not
-measured again; a file whose header is another is refused, for numbers of different settings or versions do not belong
-into one table.
+measured again. A file with another header is refused: numbers of different settings or versions do not belong in one
+table.
 """
 
 import json

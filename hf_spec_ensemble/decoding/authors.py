@@ -1,6 +1,6 @@
 """Authors: what proposes tokens. A member of the ensemble, a model that drafts, or a generator that drafts.
 
-All answer the same questions: what have you to read, run, what do you propose, and here is what came of it.
+All have the same interface: how many tokens to read, run, propose, and take the result of the verification.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Context:
 
     @property
     def keeps_q(self) -> bool:
-        """Whether what proposals were drawn from is looked at again."""
+        """Whether the distributions of proposals are needed later."""
         return self.drawing.needs_q or self.recorder.on
 
 
@@ -111,7 +111,7 @@ class Author:
         return self.stopwatch.seconds
 
     def close(self) -> None:
-        """Nothing more will be asked of it."""
+        """Ends its use in this call."""
 
     def tokens_read(self, lap: int | None) -> int:
         """Of a lap with this label, in each row."""
@@ -238,7 +238,7 @@ class ModelAuthor(Author):
 
 class GeneratorAuthor(Author):
     """
-    A generator that drafts: transformers' candidate generators, say. Its proposals come all at once, and cost no pass.
+    A generator that drafts, such as transformers' candidate generators. It proposes all tokens at once, without a pass.
 
     State: the drafts of its last run; the rest is the drafter's.
 

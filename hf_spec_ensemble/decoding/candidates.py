@@ -1,4 +1,4 @@
-"""EnsembleCandidateGenerator: lets authors run and propose until something can be verified, and settles that."""
+"""EnsembleCandidateGenerator: runs authors until proposals can be verified, and applies the result."""
 
 from dataclasses import dataclass, replace
 
@@ -161,7 +161,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.take_times()
 
     def _propose(self, author: Author) -> None:
-        """Takes of what an author offers as much as the schedule wants."""
+        """Takes as much of an author's offer as the schedule allows."""
         offer = author.offer()
         if offer is None:
             return
@@ -216,7 +216,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             raise self.context.distribution.fault(row, *self.settling.blamed(self.members, row), place)
 
     def _judge(self, proposed: np.ndarray, accepted: np.ndarray) -> None:
-        """Tells the fate of proposals that were verified, up to the first rejected one of each row."""
+        """Reports which verified proposals were accepted, up to the first rejected one of each row."""
         for row, (pending, tried, kept) in enumerate(zip(self.text.pending, proposed.tolist(), accepted.tolist())):
             for j, (author, confidence) in enumerate(pending[: min(kept + 1, tried)]):
                 self.authors[author].judged(row, j < kept)

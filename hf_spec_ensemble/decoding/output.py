@@ -22,7 +22,7 @@ class EnsembleStats:
         new_tokens (`int`): Tokens generated, over all rows.
         forward_passes (`list[int]`): Forward passes; one serves all rows of a batch.
         proposed (`list[int]`): Tokens proposed, over all rows.
-        verified (`list[int]`): Of those, the ones that were verified; the others fell with a rejection before them.
+        verified (`list[int]`): Of those, the ones that were verified; the others followed a rejected one.
         accepted (`list[int]`): Of those, the ones that were kept.
         seconds (`float`): From the first forward pass to the last token.
         member_seconds (`list[float]`): Inside the forward passes. For the standard ensemble the main model's entry also
@@ -31,8 +31,8 @@ class EnsembleStats:
             `"ancestral"` coupling; else empty.
         predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, those over the prompt
             included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
-            proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch
-            takes as long as its slowest row, which is not foreseen.
+            proposal lengths (of the last plan, with `"auto"`); `None` where costs are not known. A batch
+            takes as long as its slowest row, which the prediction does not cover.
 
     Example:
 

@@ -8,7 +8,7 @@ Each rule is an object with
 - `target(context, members, count, form) -> [B, K, V]`: what is drawn from at the first `count[b]` of these, in the form
   of the drawing rule; the distribution takes note,
 - `complete`: whether all members have scored what is settled,
-- `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, where nothing can be drawn,
+- `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, if nothing can be drawn,
 
 where members are the authors of the N members, which hold what they have scored, and counts are numpy integers.
 """
@@ -91,7 +91,7 @@ class Owner:
 
 
 class OwnerAmongAll(All):
-    """All members must, and the position's owner is drawn from: where somebody wants to see r at once."""
+    """All members must, and the token is drawn from the position's owner: if r is needed at once."""
 
     def __init__(self, drawing: Ancestral):
         self._owner = Owner(drawing)
@@ -180,7 +180,7 @@ def _gathered(count: np.ndarray, vector) -> torch.Tensor:
 
 def settling_rule(drawing: Greedy, config: EnsembleConfig, batch: int, complete: bool = False) -> All | Owner | Enough:
     """
-    The rule that asks fewest members; for a config of `for_members`, of the members alone.
+    The rule that needs fewest scores; for a config of `for_members`, of the members alone.
 
     Args:
         complete (`bool`): Whether all members must have scored a position when its token becomes final.

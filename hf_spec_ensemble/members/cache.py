@@ -1,4 +1,4 @@
-"""Caches that go back: what `Member` does to the layers of transformers' caches."""
+"""Roll-back of caches: what `Member` does to the layers of transformers' caches."""
 
 import copy
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def tokens_held(cache: Cache) -> int:
 def without_fresh_static_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     `generate()` makes static caches for texts that are read token by token, with no room for the padding of passes and
-    with sliding windows that cannot go back. Nothing is lost with one: it has no memory yet.
+    with sliding windows that cannot go back. Dropping one loses nothing: it holds nothing yet.
     """
     cache = given_cache(kwargs)
     fresh = isinstance(decoder_cache(cache), StaticCache) and not tokens_held(cache)

@@ -1,8 +1,8 @@
-"""Whether a model reads as an ensemble lets it read: tried on a few tokens before its first use, on the model as it is.
+"""Checks that a model reads correctly in all ways that an ensemble uses: on a few tokens, before its first use.
 
 A speculative ensemble reads several tokens in one pass, takes some back, and leaves hidden slots in the caches of
 batches. Whether that gives the logits of the plain text depends on a model's code, its cache and its masks. No list of
-models can promise it. So it is tried, and the logits are compared.
+models can guarantee it. So a few tokens are read in these ways, and the logits are compared.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Reading:
 
 def check_reading(members: Sequence[Member], speculative: bool, ranks: Ranks, new_tokens: int | None = None) -> None:
     """
-    Finds out how members read that have read nothing yet, and lets them do as it suits them; warns once of what a user
+    Finds out how members read that have read nothing yet, and sets them up accordingly; warns once of what a user
     should know.
 
     Args:
@@ -78,7 +78,7 @@ def check_reading(members: Sequence[Member], speculative: bool, ranks: Ranks, ne
         new_tokens (`int`, *optional*): Of the longest text.
 
     Raises:
-        `ValueError`: naming a model that cannot read so, what was found, and what to do.
+        `ValueError`: naming a model that fails, what was found, and what to do.
     """
     for member in members:
         rows = len(member.prompt) > 1

@@ -1,5 +1,5 @@
-"""What models' passes have cost so far, in seconds. Kept for the process, in memory, as long as the models live; any
-number of threads may add and read."""
+"""Measured costs of models' passes, in seconds. Kept in memory as long as the models live; safe for any number of
+threads."""
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
@@ -91,7 +91,7 @@ class PassCosts:
         return best
 
     def to_probe(self, batch: int, width: int) -> int | None:
-        """The least width >= `width` that should be measured now; `None` if all have been, and lately."""
+        """The least width >= `width` that should be measured now; `None` if all have been, and recently."""
         for probed in PROBED:
             if probed >= width and not self._fresh(batch, probed):
                 return probed

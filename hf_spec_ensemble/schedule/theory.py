@@ -3,7 +3,7 @@
 The model is that of Leviathan et al. (arXiv 2211.17192, section 3) carried over to alternating roles (Fu et al., arXiv
 2502.01662, section 3): a proposal of author i is kept with probability a_i, independently of all else, and a pass of i
 over w tokens takes c_i(w) seconds. As long as proposals are kept, a schedule is deterministic; after the first
-rejection one token is drawn from r, all members lag alike, and everything begins anew. So the run between two
+rejection one token is drawn from r, all members lag equally, and everything starts again. So the run between two
 rejections is a renewal cycle, and the time per token is its expected seconds over its expected tokens.
 """
 

@@ -1,4 +1,4 @@
-"""Trace: the record of a call. Plain data, and what is counted from it; `show` puts on it how it looks."""
+"""Trace: the record of a call. Plain data and counts; `show` adds the methods that display it."""
 
 import json
 from collections import Counter
@@ -53,8 +53,8 @@ class TokenTrace:
         token (`int`): Its id.
         probability (`float`): r of it.
         draft (`DraftTrace`, *optional*): The proposal that was verified here: this very token, or one that was
-            rejected and that this token corrects. `None` where the token was drawn from r without one, every member
-            having scored the position already.
+            rejected and that this token corrects. `None` if the token was drawn from r without one, because every
+            member had scored the position already.
         round (`int`): Of verification, from 1.
         passes (`tuple[int, ...]`): The forward passes that it took, indices of `Trace.passes`: those that scored its
             position, the proposer's among them.
