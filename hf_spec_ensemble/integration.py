@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
+from .config import AUTO
+from .decoding.drafter import chosen_drafter
 from .decoding.method import ensemble_decoding
 from .decoding.validate import assistant_list, check_inputs, check_members
 from .members.adapters import all_locks_of, is_model
@@ -72,7 +74,7 @@ def _ensemble_arguments(model, generate, args: tuple, kwargs: dict[str, Any]) ->
     # Some models' own `generate`, Whisper's for one, looks into `assistant_model` and passes on what it does not know
     given = [arguments.pop(name, None) for name in ("assistant_model", "assistant_models")]
     assistants = assistant_list(next((models for models in given if models is not None), None))
-    drafter = arguments.pop("drafter", None)
+    drafter = chosen_drafter(arguments.pop("drafter", AUTO), config)
     check_members([model, *assistants], config, drafter)  # before anything else may go wrong, or take time
     check_inputs(arguments)
     if arguments.pop("assistant_tokenizer", None) is not None:

@@ -78,7 +78,7 @@ def test_equal_members_accept_everything_whatever_processors_there_are(batch, co
     model = tiny()
     for draw in (dict(do_sample=False), dict(do_sample=True, temperature=0.5, top_k=5)):
         out = model.generate(
-            **prompts(batch), assistant_model=model,
+            **prompts(batch), assistant_model=model, drafter=None,
             ensemble_config=se.EnsembleConfig(combine_on=combine_on, coupling="gumbel"),
             repetition_penalty=2.0, no_repeat_ngram_size=2, min_new_tokens=20, max_new_tokens=20,
             return_dict_in_generate=True, **draw,

@@ -283,7 +283,7 @@ class GeneratorAuthor(Author):
         drafts, self._drafts = self._drafts, []
         if not any(drafts):
             return None
-        confidence = [self.drafter.trust[row] if tokens else None for row, tokens in enumerate(drafts)]
+        confidence = [self.drafter.confidence(row) if tokens else None for row, tokens in enumerate(drafts)]
         return self._proposal(drafts, confidence)
 
     def shorten(self, offer, length):
@@ -345,9 +345,10 @@ class GeneratorAuthor(Author):
                 self.drafter.settle(row, text.prefix(row, final + kept), len(own), sum(own))
             gained = [*text.drawn[row][:kept], *drawn]
             self.drafter.learn(row, gained)
-            for hit in self.drafter.compare(row, final, gained, bool(outcome.falls[row])):
-                fates.append((self.drafter.trust[row], hit))
+            compared = self.drafter.compare(row, final, gained, bool(outcome.falls[row]))
+            for _, hit in compared:
                 self.drafter.judged(row, hit)
+            fates += compared
         return fates
 
     def tokens_read(self, lap):

@@ -29,7 +29,7 @@ class Call:
         assistants (`list[PreTrainedModel]`): The other members.
         prompts (`list[Prompt | None]`): Those that `models` have for their own; `None` for the main model's.
         config (`EnsembleConfig`): Of `for_members`.
-        drafter: As `ensemble_decoding` takes it.
+        drafter: As `ensemble_decoding` takes it, but not `"auto"`.
         media (`dict[str, torch.Tensor]`): Images and videos that the main model has encoded already, as its caller gave
             them.
         ranks (`Ranks`): The processes that decode together.

@@ -1,16 +1,20 @@
 """Drafters that are not models: transformers' candidate generators as proposers from outside the ensemble."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.generation import CandidateGenerator, PromptLookupCandidateGenerator
 
+from ..config import AUTO, EnsembleConfig
 from ..members.member import Member
 from ..members.stopwatch import Stopwatch
 from .suffixes import Suffixes
 
 
 PROMPT_LOOKUP = "prompt_lookup"
+NAMED = (AUTO, PROMPT_LOOKUP)  # drafters that are asked for by a word
 LOOKUP_TOKENS = 16  # that a lookup copies at most
 LOOKUP_NGRAM = 3  # that must match, or a shorter one if none does
 FORGETTING = 0.3  # weight of the last proposal in how far a drafter is trusted
@@ -35,8 +39,9 @@ class GeneratorDrafter:
         self.vocab_size = vocab_size
         self.stopwatch = Stopwatch(torch.device("cpu"))
         self.trust = [0.5] * len(generators)  # [B]: recent share of proposals kept, standing in for a confidence
-        # [B]: where tokens that were not proposed would have stood, and the tokens; to learn from what comes instead
-        self.watched: list[tuple[int, list[int]]] = [(0, [])] * len(generators)
+        # [B]: where tokens that were not proposed would have stood, the tokens, and how sure it was of them; to learn
+        # from what comes instead
+        self.watched: list[tuple[int, list[int], float]] = [(0, [], 0.0)] * len(generators)
 
     def draft(
         self, row: int, ids: torch.Tensor, most: int, pending: Sequence[int] = ()
@@ -67,32 +72,37 @@ class GeneratorDrafter:
         scores = ids.new_empty(1, proposed + 1, 0)  # [1, candidates + 1, 0]: only the number is looked at
         self.generators[row].update_candidate_strategy(ids, scores, kept)
 
+    def confidence(self, row: int) -> float:
+        """How sure it is of what it drafted last for a row, in [0, 1]."""
+        return self.trust[row]
+
     def judged(self, row: int, kept: bool) -> None:
         self.trust[row] += FORGETTING * (kept - self.trust[row])
 
     def watch(self, row: int, position: int, tokens: list[int]) -> None:
         """Remembers tokens that were not proposed from `position` on, unless others are still being compared."""
         if not self.watched[row][1]:
-            self.watched[row] = (position, tokens)
+            self.watched[row] = (position, tokens, self.confidence(row))
 
-    def compare(self, row: int, position: int, tokens: list[int], falls: bool) -> list[bool]:
+    def compare(self, row: int, position: int, tokens: list[int], falls: bool) -> list[tuple[float, bool]]:
         """
-        Which of the remembered tokens were generated, up to the first that was not.
+        Which of the remembered tokens were generated, up to the first that was not, each with the drafter's confidence.
 
         Args:
             position (`int`): Where the tokens stand that the row has gained.
             tokens (`list[int]`): These.
             falls (`bool`): Whether what was pending behind them fell.
         """
-        start, watched = self.watched[row]
+        start, watched, confidence = self.watched[row]
         end = position + len(tokens)
         if falls and end <= start:
-            self.watched[row] = (0, [])  # they continued another text
+            self.watched[row] = (0, [], 0.0)  # they continued another text
             return []
         hits = [a == b for a, b in zip(watched, tokens[max(start - position, 0) :])]
         missed = False in hits
-        self.watched[row] = (0, []) if missed else (max(start, end), watched[len(hits) :])
-        return hits[: hits.index(False) + 1] if missed else hits
+        rest = [] if missed else watched[len(hits) :]
+        self.watched[row] = (max(start, end), rest, confidence)
+        return [(confidence, hit) for hit in (hits[: hits.index(False) + 1] if missed else hits)]
 
 
 class SuffixDrafter(GeneratorDrafter):
@@ -108,16 +118,39 @@ class SuffixDrafter(GeneratorDrafter):
     def __init__(self, suffixes: Suffixes, prompts: list[list[int]], vocab_size: int):
         super().__init__([None] * len(prompts), vocab_size)
         self.texts = [suffixes.text(prompt) for prompt in prompts]
+        self._confidence = [0.0] * len(prompts)
 
     def draft(self, row, ids, most, pending=()):
-        tokens, _ = self.texts[row].draft(pending, most=min(most, LOOKUP_TOKENS))
+        tokens, chances = self.texts[row].draft(pending, most=min(most, LOOKUP_TOKENS))
+        if chances:
+            self._confidence[row] = math.prod(chances) ** (1 / len(chances))
         return self._known(tokens), None
+
+    def confidence(self, row):
+        """The geometric mean of the chances that its tokens are kept."""
+        return self._confidence[row]
 
     def settle(self, row, ids, proposed, kept):
         pass
 
     def learn(self, row, tokens):
         self.texts[row].extend(tokens)
+
+
+def is_named(drafter: Any) -> bool:
+    """Whether a drafter is a word, or none, instead of something that has to be loaded or was."""
+    return drafter is None or (isinstance(drafter, str) and drafter in NAMED)
+
+
+def chosen_drafter(drafter: Any, config: EnsembleConfig) -> Any:
+    """
+    The `drafter` argument of `generate`, with `"auto"` replaced by what it stands for: new `Suffixes`, where proposal
+    lengths choose themselves; none where lengths or the only proposer were given, which would mean something else then.
+    """
+    if not (isinstance(drafter, str) and drafter == AUTO):
+        return drafter
+    free = isinstance(config, EnsembleConfig) and config.num_assistant_tokens == AUTO
+    return Suffixes() if free and config.alternate and config.speculative else None
 
 
 def drafter_for(

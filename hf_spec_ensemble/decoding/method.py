@@ -14,7 +14,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..compat import given_cache
-from ..config import EnsembleConfig
+from ..config import AUTO, EnsembleConfig
 from ..members.adapters import is_model
 from ..members.cache import (
     keep_whole_source,
@@ -24,12 +24,14 @@ from ..members.prompts import split
 from ..members.ranks import ranks_of
 from ..trace import Trace
 from .call import Call
+from .drafter import chosen_drafter
 from .output import (
     EnsembleDecoderOnlyOutput,
     EnsembleEncoderDecoderOutput,
 )
 from .speculative import speculative
 from .standard import standard
+from .suffixes import Suffixes
 from .validate import (
     assistant_list,
     check_call,
@@ -50,7 +52,7 @@ def ensemble_decoding(
     streamer: BaseStreamer | None = None,
     assistant_models: PreTrainedModel | list[PreTrainedModel] | None = None,
     ensemble_config: EnsembleConfig | None = None,
-    drafter: PreTrainedModel | str | CandidateGenerator | None = None,
+    drafter: PreTrainedModel | str | Suffixes | CandidateGenerator | None = AUTO,
     inputs_tensor: torch.Tensor | None = None,
     media: dict[str, torch.Tensor] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -66,10 +68,11 @@ def ensemble_decoding(
             The other members.
         ensemble_config (`EnsembleConfig`, *optional*):
             Defaults to `EnsembleConfig()`.
-        drafter (`PreTrainedModel`, `"prompt_lookup"`, `Suffixes` or `CandidateGenerator`, *optional*):
-            A proposer outside the ensemble: a model with the same tokenizer; copies from the text so far; what followed
-            before in the texts that a `Suffixes` has seen, also in earlier calls; or any of transformers' candidate
-            generators, for a single row.
+        drafter (`PreTrainedModel`, `str`, `Suffixes`, `CandidateGenerator` or `None`, defaults to `"auto"`):
+            A proposer outside the ensemble: a model with the same tokenizer; `"prompt_lookup"`, copies of the text so
+            far; what followed before in the texts that a `Suffixes` has seen, also in earlier calls; or any of
+            transformers' candidate generators, for a single row. `"auto"` is a new `Suffixes` for this call where
+            `num_assistant_tokens` is `"auto"` and members alternate, else none; `None` is none.
         media (`dict[str, torch.Tensor]`, *optional*):
             The images and videos that `generate()` was given, for the assistants: of the main model's it passes on only
             what its encoders made of them. `generate(ensemble_config=...)` sees to that.
@@ -103,7 +106,9 @@ def ensemble_decoding(
     torch.Size([1, 7])
     """
     assistants = assistant_list(assistant_models)
-    config = check_members([model, *assistants], ensemble_config or EnsembleConfig(), drafter)
+    config = ensemble_config or EnsembleConfig()
+    drafter = chosen_drafter(drafter, config)
+    config = check_members([model, *assistants], config, drafter)
     (*assistants, drafter), own_prompts = split([*assistants, drafter])
     check_call(config, generation_config, logits_processor, input_ids, model_kwargs)
     encoded = model_kwargs.get("mm_encoder_outputs")

@@ -8,14 +8,14 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from ..compat import forward_parameters, given_cache
-from ..config import EnsembleConfig
+from ..config import AUTO, EnsembleConfig
 from ..ensemble.processing import in_order_only
 from ..members.adapters import AdapterView, adds_virtual_tokens, is_model
 from ..members.cache import tokens_held
 from ..members.prompts import PromptView, model_of
 from ..members.ranks import is_sharded
 from ..notices import STANDARD, warn_once
-from .drafter import PROMPT_LOOKUP
+from .drafter import PROMPT_LOOKUP, chosen_drafter, is_named
 from .suffixes import Suffixes
 from .vocabulary import UNCOMPARED, check_beside
 
@@ -68,10 +68,10 @@ def check_members(
     named = [(member, "the main model" if i == 0 else f"assistant model {i}") for i, member in enumerate(members)]
     if is_model(drafter):
         named.append((drafter, "the drafter"))
-    elif drafter is not None and drafter != PROMPT_LOOKUP and not isinstance(drafter, (CandidateGenerator, Suffixes)):
+    elif not is_named(drafter) and not isinstance(drafter, (CandidateGenerator, Suffixes)):
         raise ValueError(
-            f"`drafter` must be a model, {PROMPT_LOOKUP!r}, a `Suffixes` or one of transformers' candidate generators, "
-            f"but is {drafter!r}."
+            f"`drafter` must be a model, {AUTO!r}, {PROMPT_LOOKUP!r}, a `Suffixes`, one of transformers' candidate "
+            f"generators or None, but is {drafter!r}."
         )
     for member, name in named:
         if not is_model(member):
@@ -95,7 +95,7 @@ def check_members(
     _, shared = shared_vocabulary([member for member, _ in named])
     if not check_beside(named, shared):
         warn_once(UNCOMPARED)
-    return config.for_members(len(members), drafters=int(drafter is not None))
+    return config.for_members(len(members), drafters=int(chosen_drafter(drafter, config) is not None))
 
 
 def shared_vocabulary(members: list[PreTrainedModel]) -> tuple[int, int]:

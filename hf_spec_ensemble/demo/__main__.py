@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
 from ..config import AUTO
-from ..decoding.drafter import PROMPT_LOOKUP
-from ..tools.arguments import add_config_arguments, config_of, encode, locate
+from ..decoding.drafter import chosen_drafter, is_named
+from ..tools.arguments import add_config_arguments, add_drafter_argument, config_of, drafter_of, encode, locate
 from . import FAMILY
 
 
@@ -42,7 +42,7 @@ def parse_arguments(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to ask (default: a question of GSM8K)")
     parser.add_argument("--model", default="reader", help="the main model (default: %(default)s)")
     parser.add_argument("--assistant-model", action="append", help="another member; may be repeated (default: solver)")
-    parser.add_argument("--drafter", help="a proposer outside the ensemble: a model, or `prompt_lookup`")
+    add_drafter_argument(parser)
     config = add_config_arguments(parser)
     config.add_argument("--num-assistant-tokens", type=int, nargs="+", help="default: chosen from measured costs")
     config.add_argument("--no-alternate", dest="alternate", action="store_false")
@@ -126,10 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     def load(name: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(locate(name), dtype=args.dtype).to(args.device).eval()
 
-    models, drafter = [load(name) for name in names], args.drafter
-    if drafter is not None:
-        names.append(f"{drafter} (drafter)")
-        drafter = drafter if drafter == PROMPT_LOOKUP else load(drafter)
+    models, drafter = [load(name) for name in names], drafter_of(args.drafter)
+    if chosen_drafter(drafter, config) is not None:
+        names.append(f"{'its text' if drafter == AUTO else drafter} (drafter)")
+    drafter = drafter if is_named(drafter) else load(drafter)
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model))
     inputs = encode(tokenizer, args.prompt).to(args.device)
 

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from ..config import EnsembleConfig
+from ..config import AUTO, EnsembleConfig
+from ..decoding.drafter import chosen_drafter
 from .references import MemberReference, Source, entry_of, read_entry
 
 
 def ensemble_card(
     members: Sequence[Source],
     config: EnsembleConfig,
-    drafter: Source | None = None,
+    drafter: Source | None = AUTO,
     repo_id: str = "name/ensemble",
     speedup: str | None = None,
     licence: str | None = None,
@@ -41,12 +42,12 @@ def ensemble_card(
     (['org/base', 'org/math'], ['custom_generate', 'ensemble', 'speculative-decoding'])
     """
     config, references, drafting = read_entry(entry_of(members, config, drafter))
-    shown = config.for_members(len(references), drafters=int(drafter is not None))
+    shown = config.for_members(len(references), drafters=int(chosen_drafter(drafter, config) is not None))
     rows = [
         f"| l_{i} | {_shown(each)} | {_markdown(each.revision or '')} | {each.dtype or 'as saved'} |"
         for i, each in enumerate(references, 1)
     ]
-    if drafting is not None:
+    if drafting not in (None, AUTO):
         name = _shown(drafting) if isinstance(drafting, MemberReference) else f"`{drafting}`"
         rows.append(f"| drafter, proposes only | {name} | | |")
     data = ModelCardData(

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import CONFIG_NAME, EnsembleConfig, config_file
+from ..config import AUTO, CONFIG_NAME, EnsembleConfig, config_file
 from ..decoding.vocabulary import UNCOMPARED, check_tokens, tokens_of
 from ..notices import warn_once
 from ..version import __version__
@@ -35,24 +35,24 @@ class Ensemble:
         model (`PreTrainedModel`), assistant_models (`list[PreTrainedModel]`): The members.
         config (`EnsembleConfig`): How they are combined.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The main model's.
-        drafter (`PreTrainedModel` or `str`, *optional*): As for `generate(drafter=...)`.
+        drafter (`PreTrainedModel` or `str`, defaults to `"auto"`): As for `generate(drafter=...)`.
     """
 
     model: PreTrainedModel
     assistant_models: list[PreTrainedModel]
     config: EnsembleConfig
     tokenizer: PreTrainedTokenizerBase | None = None
-    drafter: PreTrainedModel | str | None = None
+    drafter: PreTrainedModel | str | None = AUTO
 
     @classmethod
-    def load(cls, members: Sequence[Source], config: EnsembleConfig, drafter: Source | None = None, **kwargs):
+    def load(cls, members: Sequence[Source], config: EnsembleConfig, drafter: Source | None = AUTO, **kwargs):
         """
         Loads models that form an ensemble.
 
         Args:
             members (`list`): The main model first: folders, ids on the Hub, or `MemberReference`s.
             config (`EnsembleConfig`): How they are combined.
-            drafter (*optional*): `"prompt_lookup"`, or a model, given as the members are.
+            drafter (defaults to `"auto"`): Or `None`, `"prompt_lookup"`, or a model, given as the members are.
             kwargs: For every model's `from_pretrained`: `device_map`, `dtype`, `token`, ...
 
         Raises:
@@ -78,7 +78,7 @@ def save_ensemble(
     folder: str | Path,
     members: Sequence[Source],
     config: EnsembleConfig,
-    drafter: Source | None = None,
+    drafter: Source | None = AUTO,
     repo_id: str | None = None,
     speedup: str | None = None,
     licence: str | None = None,
@@ -91,7 +91,7 @@ def save_ensemble(
         members (`list`): The main model first: folders, ids on the Hub, models that were loaded from either (which do
             not know of which revision they are), or `MemberReference`s, which say a revision and a dtype too.
         config (`EnsembleConfig`): How they are combined.
-        drafter (*optional*): `"prompt_lookup"`, or a model, given as the members are.
+        drafter (defaults to `"auto"`): Or `None`, `"prompt_lookup"`, or a model, given as the members are.
         repo_id (`str`, *optional*): Where it will be on the Hub, for the card's examples; by default the folder's name.
         speedup (`str`, *optional*), licence (`str`, *optional*): As for `ensemble_card`.
 
@@ -154,7 +154,7 @@ def push_ensemble(
     repo_id: str,
     members: Sequence[Source],
     config: EnsembleConfig,
-    drafter: Source | None = None,
+    drafter: Source | None = AUTO,
     speedup: str | None = None,
     licence: str | None = None,
     private: bool | None = None,

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedModel
 
-from ..config import EnsembleConfig
-from ..decoding.drafter import PROMPT_LOOKUP
+from ..config import AUTO, EnsembleConfig
+from ..decoding.drafter import chosen_drafter, is_named
 from ..files import naming, parse_object
 from ..members.adapters import is_model
 from ..members.prompts import PromptView
@@ -110,9 +110,8 @@ def entry_of(members: Sequence[Source], config: EnsembleConfig, drafter: Source 
     if not isinstance(members, (list, tuple)):
         raise TypeError(f"`members` must be a list, the main model first, but is {members!r}.")
     references = [MemberReference.of(member) for member in members]
-    config.for_members(len(references), drafters=int(drafter is not None))
-    named = drafter is None or (isinstance(drafter, str) and drafter == PROMPT_LOOKUP)
-    drafting = drafter if named else asdict(MemberReference.of(drafter))
+    config.for_members(len(references), drafters=int(chosen_drafter(drafter, config) is not None))
+    drafting = drafter if is_named(drafter) else asdict(MemberReference.of(drafter))
     return {**config.to_dict(), "members": [asdict(each) for each in references], "drafter": drafting}
 
 
@@ -124,15 +123,15 @@ def read_entry(entry: dict[str, Any]) -> tuple[EnsembleConfig, list[MemberRefere
         `ValueError`, `TypeError`: naming what differs from what `save_ensemble` writes.
     """
     fields = dict(entry)
-    members, drafter = fields.pop("members", None), fields.pop("drafter", None)
+    members, drafter = fields.pop("members", None), fields.pop("drafter", AUTO)
     if not members:
         raise ValueError("it names no members: write it with `save_ensemble`.")
     if not isinstance(members, list):
         raise ValueError(f"`members` must be a list of objects with a `name`, but is {members!r}.")
-    if drafter not in (None, PROMPT_LOOKUP):
+    if not is_named(drafter):
         drafter = _reference(drafter)
     config, references = EnsembleConfig.from_dict(fields), [_reference(member) for member in members]
-    config.for_members(len(references), drafters=int(drafter is not None))
+    config.for_members(len(references), drafters=int(chosen_drafter(drafter, config) is not None))
     return config, references, drafter
 
 

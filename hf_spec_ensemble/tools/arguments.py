@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import BatchEncoding
 
-from ..config import COMBINE_ON, COUPLINGS, METHODS, EnsembleConfig
+from ..config import AUTO, COMBINE_ON, COUPLINGS, METHODS, EnsembleConfig
 from ..demo import FAMILY
 
 
@@ -24,6 +24,21 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     group.add_argument("--combine-on", choices=COMBINE_ON)
     group.add_argument("--coupling", choices=COUPLINGS, default=EnsembleConfig.coupling)
     return group
+
+
+def add_drafter_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--drafter`, for `drafter_of`."""
+    parser.add_argument(
+        "--drafter",
+        default=AUTO,
+        help="what proposes besides the members: a model, `prompt_lookup` (copies of the text), `auto` (what followed "
+        "before in the text, where proposal lengths choose themselves) or `none` (default: %(default)s)",
+    )
+
+
+def drafter_of(name: str | None) -> str | None:
+    """What `generate(drafter=...)` takes for what `--drafter` says."""
+    return None if name == "none" else name
 
 
 def config_of(given: dict[str, Any], **more: Any) -> EnsembleConfig:

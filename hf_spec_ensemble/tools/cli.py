@@ -25,13 +25,13 @@ from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
 from ..config import CONFIG_NAME, EnsembleConfig
-from ..decoding.drafter import PROMPT_LOOKUP
+from ..decoding.drafter import is_named
 from ..hub import Ensemble, MemberReference, load_ensemble, save_ensemble
 from ..hub.folders import FILES
 from ..hub.references import read_ensemble
 from ..members.adapters import is_model
 from ..trace.html import page_of
-from .arguments import add_config_arguments, check_device, config_of, encode, locate
+from .arguments import add_config_arguments, add_drafter_argument, check_device, config_of, drafter_of, encode, locate
 
 
 ELSEWHERE = {  # commands with options of their own, and what these need installed
@@ -79,7 +79,7 @@ def _add_members(command: argparse.ArgumentParser, saved: str | None) -> None:
     command.add_argument("--members", nargs="+", metavar="MODEL", help="the main model first")
     if saved:
         command.add_argument("--ensemble", metavar="FOLDER", help=saved)
-    command.add_argument("--drafter", help="proposes, and is no part of the ensemble: a model or `prompt_lookup`")
+    add_drafter_argument(command)
     command.add_argument("--dtype", default="auto", help="of all models (default: as they were saved)")
     add_config_arguments(command)
 
@@ -159,8 +159,8 @@ def _card(args: argparse.Namespace) -> None:
 def _sources(args: argparse.Namespace) -> tuple[list[MemberReference], EnsembleConfig, MemberReference | str | None]:
     dtype = None if args.dtype == "auto" else args.dtype
     members = [MemberReference(locate(name), dtype=dtype) for name in args.members]
-    drafter = args.drafter
-    if drafter not in (None, PROMPT_LOOKUP):
+    drafter = drafter_of(args.drafter)
+    if not is_named(drafter):
         drafter = MemberReference(locate(drafter), dtype=dtype)
     return members, config_of(vars(args).copy()), drafter
 

@@ -16,14 +16,14 @@ import torch
 from transformers import LogitsProcessorList
 
 from ..config import AUTO, EnsembleConfig
-from ..decoding.drafter import PROMPT_LOOKUP
+from ..decoding.drafter import is_named
 from ..decoding.validate import check_members, shared_vocabulary
 from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.processing import PositionwiseProcessor
 from ..hub import Ensemble, MemberReference, load_ensemble
 from ..members.adapters import is_model
 from ..members.placement import device_of
-from .arguments import check_device, locate
+from .arguments import check_device, drafter_of, locate
 
 
 try:
@@ -51,7 +51,8 @@ class SpecEnsembleLM(HFLM):
     Args:
         members (`str` or `list`, *optional*): Folders or names on the Hub, the main model first; `+` between them.
         ensemble (`str`, *optional*): A saved ensemble in place of `members`, a folder or a repository on the Hub.
-        drafter (`str`, *optional*): With `members`, as for `generate(drafter=...)`: a name, or `"prompt_lookup"`.
+        drafter (`str`, defaults to `"auto"`): With `members`, as for `generate(drafter=...)`: a model's name,
+            `"prompt_lookup"`, or `"none"`.
         dtype (`str`, defaults to `"auto"`), revision (`str`, *optional*), trust_remote_code (`bool`): Of all members.
         device (`str`, *optional*): Defaults to `"cuda"` if there is one.
         kwargs: Fields of `EnsembleConfig` (lists with `+` between their entries), which replace those that were saved;
@@ -70,7 +71,7 @@ class SpecEnsembleLM(HFLM):
         self,
         members: str | Sequence[str] | None = None,
         ensemble: str | None = None,
-        drafter: str | None = None,
+        drafter: str | None = AUTO,
         dtype: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -92,7 +93,8 @@ class SpecEnsembleLM(HFLM):
         else:
             names = members.split("+") if isinstance(members, str) else members
             references = [MemberReference(locate(name), revision) for name in names]
-            drafter = drafter if drafter in (None, PROMPT_LOOKUP) else locate(drafter)
+            drafter = drafter_of(drafter)
+            drafter = drafter if is_named(drafter) else locate(drafter)
             loaded = Ensemble.load(references, EnsembleConfig(**fields), drafter, **loading)
         self.ensemble = loaded
         self.members = [member.to(device) for member in (loaded.model, *loaded.assistant_models)]

@@ -9,6 +9,7 @@ from test_sampling import chi_square_p, counts, p_value, small_members
 from transformers.generation import CandidateGenerator
 
 import hf_spec_ensemble as se
+from hf_spec_ensemble.decoding.drafter import chosen_drafter
 
 
 LENGTHS = ["auto", 1, 4]
@@ -149,6 +150,20 @@ def test_a_copied_text_takes_few_passes():
     assert copied.acceptance[2] > 0.9
 
 
+@pytest.mark.parametrize("given", [{}, dict(num_assistant_tokens=2), dict(alternate=False), dict(speculative=False)])
+def test_the_text_drafts_by_default_where_lengths_choose_themselves(given):
+    models, call = members("llama", 2), dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    call |= dict(assistant_model=models[1], ensemble_config=se.EnsembleConfig(**given))
+    out = models[0].generate(**repeating(1), **call)
+    assert len(out.stats.proposed) == (2 if given else 3)
+    assert len(models[0].generate(**repeating(1), drafter=None, **call).stats.proposed) == 2
+
+
+def test_by_default_calls_do_not_learn_from_each_other():
+    config = se.EnsembleConfig()
+    assert chosen_drafter("auto", config) is not chosen_drafter("auto", config)
+
+
 def test_a_generator_is_told_what_became_of_its_proposals():
     models, drafter = members("llama", 2), Guesses()
     stats = generate(models, prompts(1), drafter, do_sample=False, num_assistant_tokens=4, eos_token_id=[10_000]).stats
@@ -174,7 +189,7 @@ def test_a_generator_stops_at_the_end_and_at_the_longest_text_allowed():
 @pytest.mark.parametrize(
     "drafter,batch,kwargs,message",
     [
-        ("lookup", 1, {}, "`drafter` must be a model, 'prompt_lookup', .* 'lookup'"),
+        ("lookup", 1, {}, "`drafter` must be a model, 'auto', 'prompt_lookup', .* 'lookup'"),
         (Guesses(), 3, {}, "one row"),
         (tiny("llama", vocab=30), 1, {}, "different vocabularies"),
         ("prompt_lookup", 1, dict(num_assistant_tokens=[1, 1]), "2 members and the drafter, but has 2"),

@@ -68,7 +68,7 @@ def test_what_is_saved_is_loaded(tmp_path, expected):
     folder = se.save_ensemble(tmp_path / "both", MEMBERS, config)
     assert se.EnsembleConfig.from_pretrained(folder) == config
     ensemble = se.load_ensemble(folder)
-    assert ensemble.config == config and ensemble.drafter is None and len(ensemble.assistant_models) == 1
+    assert ensemble.config == config and ensemble.drafter == "auto" and len(ensemble.assistant_models) == 1
     assert not ensemble.model.training
     ids = ensemble.generate(**ensemble.tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=24, do_sample=False)
     assert ensemble.tokenizer.decode(ids[0]) == expected
@@ -86,8 +86,9 @@ def test_members_keep_their_dtype_and_drafters_come_along(tmp_path):
     assert ensemble.model.dtype == torch.bfloat16 and ensemble.assistant_models[0].dtype == members[1].dtype
     assert ensemble.drafter.num_parameters() < ensemble.model.num_parameters()
     assert se.load_ensemble(folder, dtype="float64").assistant_models[0].dtype == torch.float64
-    folder = se.save_ensemble(tmp_path, members, se.EnsembleConfig(), drafter="prompt_lookup")
-    assert se.load_ensemble(folder).drafter == "prompt_lookup"
+    for named in ("prompt_lookup", None):
+        folder = se.save_ensemble(tmp_path, members, se.EnsembleConfig(), drafter=named)
+        assert se.load_ensemble(folder).drafter == named
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_samples_follow_the_ensemble_as_it_decides(told_costs, monkeypatch):
     models = small_members(2)
     monkeypatch.setattr("test_sampling.draw", _one_by_one)
     assert p_value(models, 1, oracle.config_of("weighted", 2, coupling="maximal"), "weighted") > 1e-3
-    assert told_costs == {True, False}
+    assert told_costs >= {0, 1}
 
 
 @pytest.mark.parametrize("drafter", [None, "model", "prompt_lookup"])
@@ -256,7 +256,7 @@ def test_greedy_text_is_the_same_as_it_decides(told_costs, batch):
         max_new_tokens=100, eos_token_id=[10_000],
     )  # fmt: skip
     assert out.tolist() == text.tolist()
-    assert told_costs == {True, False}
+    assert told_costs >= {0, 1}
 
 
 @pytest.mark.slow
@@ -299,9 +299,12 @@ def test_with_shared_noise_the_text_depends_on_the_seed_alone(monkeypatch):
     for seconds in times:
         models = members("llama", 2)
         member = {id(pass_costs(model)): i for i, model in enumerate(models)}
-        monkeypatch.setattr(
-            PassCosts, "add", lambda self, b, w, _, of=member, told=seconds: add(self, b, w, told(of[id(self)], w))
-        )
+
+        def told(self, batch, width, measured, member=member, seconds=seconds):
+            is_member = id(self) in member  # or the drafter
+            add(self, batch, width, seconds(member[id(self)], width) if is_member else measured)
+
+        monkeypatch.setattr(PassCosts, "add", told)
         torch.manual_seed(5)
         out = models[0].generate(
             **inputs, assistant_model=models[1], ensemble_config=EnsembleConfig(coupling="gumbel"), do_sample=True,
