@@ -232,7 +232,7 @@ def _warnings(result: FitResult):
         yield "interrupted: the weights are the best so far, of the texts that were read until then"
     for gain in result.gains:
         if gain.nats.high < 0:
-            yield f"fitted is worse than {gain.over} on the held-out texts: it was fitted on too few texts, or on others"
+            yield f"fitted is worse than {gain.over} on the held-out texts: it was fitted on too few texts, or others"
         elif gain.is_noise:
             yield f"the gain over {gain.over} is within noise: more texts would tell"
     if result.held_out.texts < FEW:
