@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         made.error(str(error))
     if not process.leads and not bench.count_missing(process.rank):
-        return  # whoever has something to measure reports, and the leading process where nobody has
+        return  # a process that measures reports, and the leading one if none does
     for note in [*plan.notes, *launch_notes(os.environ)] if process.leads else ():
         print(note)
     try:

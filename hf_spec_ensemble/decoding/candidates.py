@@ -228,7 +228,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         rows that go on, unless no row has lost or drawn any.
         """
         # Exact: cap_b, the least gain of the *other* rows that do not end, depends on their draws alone. Row b keeps
-        # min(gained_b, cap_b) whatever it drew, and draws the rest anew. So a row that ends is cut too: it would have
+        # min(gained_b, cap_b) whatever it drew, and draws the rest again. So a row that ends is cut too: it would have
         # been cut if its last proposal had been rejected.
         ends, active, gained = self.text.ends(outcome), self.text.active, outcome.gained
         if not (active & ~ends).any():

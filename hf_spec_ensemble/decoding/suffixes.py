@@ -88,7 +88,7 @@ class Suffixes:
                     self._tables = ({}, self._tables[0])
                     self._room = self._half
                     self._age += 1
-                if text._age != self._age:  # start anew, so that the past can be forgotten; but keep what can match
+                if text._age != self._age:  # start again, so that the past can be forgotten; but keep what can match
                     text._before = text._tokens if text._age == self._age - 1 else []
                     text._tokens, text._age = text._tokens[-DEPTH:], self._age
                 table, past = self._tables[0], text._tokens

@@ -16,7 +16,7 @@ LENGTHS = ["auto", 1, 4]
 
 
 class Guesses(CandidateGenerator):
-    """Says anything, up to four tokens, and with `tells` what it drew that from."""
+    """Proposes up to four random tokens, and with `tells` returns their logits."""
 
     def __init__(self, vocab=VOCAB, tells=False):
         self.vocab, self.tells = vocab, tells
