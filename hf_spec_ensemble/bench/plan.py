@@ -101,7 +101,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a variant is measured under. `prompt_length` is `None` where prompts are as long as they are."""
+    """The conditions of a measurement. `prompt_length` is `None` if prompts are neither cut nor repeated."""
 
     task: str
     temperature: float

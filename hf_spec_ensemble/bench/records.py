@@ -73,7 +73,7 @@ class Records:
         return self._records[key_of(key)]
 
     def of_kind(self, kind: str) -> list[Record]:
-        """The records of a kind, in no order that means something."""
+        """The records of a kind, in no particular order."""
         return [record for record in self._records.values() if record["kind"] == kind]
 
     def add(self, record: Record) -> None:

@@ -32,7 +32,7 @@ KNOWN = 64  # findings kept for a row
 
 
 class All:
-    """All members must: right for every method and every way of drawing."""
+    """All members must have scored it: valid for every method and coupling."""
 
     complete = True  # what is drawn from is r
 
@@ -54,8 +54,8 @@ class All:
 
 class Owner:
     """
-    The position's owner must: the member that a mixture's token is drawn from. Owners are drawn before the text is, so
-    that they depend on nothing in it; each member is drawn with the probability of its weight (ancestral sampling).
+    The position's owner must have scored it: the member that a mixture's token is drawn from. Owners are drawn before
+    the text is, so that they do not depend on it, each with the probability of its weight (ancestral sampling).
 
     Args:
         drawing (`Ancestral`): Which draws the owners.

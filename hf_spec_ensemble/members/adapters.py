@@ -70,7 +70,7 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> "AdapterView":
 
 class AdapterView:
     """
-    What `with_adapter` returns: to the engine a model, and in all but its forward pass the base itself.
+    What `with_adapter` returns. The engine treats it as a model; except for its forward pass it is the base.
 
     Args:
         base (`PreTrainedModel`): Holds the adapters' layers.
@@ -142,8 +142,8 @@ class AdapterView:
         """
         This adapter, in place of what is active. The caller holds the lock.
 
-        Not by `set_adapter`, `disable_adapter` and the like: these also walk through all modules, set `requires_grad`
-        of all adapters and write to the PEFT model, at twenty times the cost, for every forward pass.
+        It does not use `set_adapter` or `disable_adapter`: these also walk through all modules, set `requires_grad` of
+        all adapters and write to the PEFT model, at twenty times the cost, for every forward pass.
         """
         if list(self.base.peft_config.items()) != self._configs:
             self.refresh()

@@ -184,7 +184,7 @@ class _Trial:
         self.error = ""
 
     def reading(self, speculative: bool) -> Reading:
-        """What the trials say."""
+        """The result of the trials."""
         device = device_of(self.model)
         devices = [device] if device.type == "cuda" else []
         # Only dropout draws; elsewhere other threads may be drawing
@@ -365,7 +365,7 @@ def _repeated(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    """What rounding may explain where the model computes."""
+    """The difference that rounding may explain on the model's device."""
     if getattr(model, "hf_quantizer", None) is not None:
         return TOLERANCE_IF_QUANTISED
     fast = device_of(model).type != "cpu"  # matrices may be multiplied in less than the dtype's precision there
@@ -408,7 +408,7 @@ def _with_narrow_windows(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _gap(model: PreTrainedModel, longest: int | None) -> int:
-    """So many slots that the widest window that the config speaks of does not reach over them, if texts can."""
+    """A number of slots that the config's widest window does not reach across, if texts can be that long."""
     config = model.config.get_text_config(decoder=True)
     reach = min(FARTHEST, longest or FARTHEST)
     return max((n for n in _numbers_in(config, "window", "window_size", "chunk_size") if n < reach), default=FAR)

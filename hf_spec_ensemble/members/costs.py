@@ -103,7 +103,7 @@ class PassCosts:
 
 
 class _Kept:
-    """What is kept for a list of models, and what for longer lists that begin with it; goes with any of them."""
+    """What is kept for a list of models, and for longer lists that begin with it; deleted with any of the models."""
 
     def __init__(self):
         self.values: dict[Hashable, Any] = {}
@@ -120,8 +120,8 @@ def pass_costs(model: PreTrainedModel, way: str = "growing", widths: Sequence[in
 
 def remembered(models: Sequence[PreTrainedModel], key: Hashable, make: Callable[[], Any]) -> Any:
     """
-    What is kept for these models, in this order, and this key, made by `make()` the first time. It goes when one of the
-    models does, and must hold none of them.
+    What is kept for these models, in this order, and this key, made by `make()` the first time. It is deleted with any
+    of the models, and must not refer to them.
     """
     kept, adapters = _memory, []
     for owner, adapter in map(identity, models):

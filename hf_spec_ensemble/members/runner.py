@@ -1,5 +1,5 @@
 """Runner: how a model's forward passes run. Eagerly over a cache that grows or over a static one, or compiled over
-static ones. Knows nothing of tokens; the caches it makes are the member's to fill."""
+static ones. It does not handle tokens: members fill the caches that it makes."""
 
 import copy
 import threading
@@ -57,7 +57,7 @@ class Runner:
             width (`int`): Tokens in a row; 0 for the pass over the prompt.
 
         Returns:
-            The logits, and whether the pass took as long as others like it will.
+            The logits, and whether the time of the pass is representative.
         """
         return self.model(**inputs, return_dict=True).logits, width > 0
 
@@ -201,7 +201,7 @@ class Stepper:
 
     Args:
         runner (`CompiledRunner`): Of the model.
-        cache (`Cache`, *optional*): The caller's, if there is one; else the runner has one to lend.
+        cache (`Cache`, *optional*): The caller's, if there is one; else the runner lends one.
     """
 
     def __init__(self, runner: CompiledRunner, cache: Cache | None = None):

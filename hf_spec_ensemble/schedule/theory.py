@@ -121,7 +121,7 @@ def worth(
     act: str,
 ) -> float:
     """
-    What the rest of a run is expected to bring beyond its price: tokens - rate * seconds until the next rejection, when
+    The expected value of the rest of a run: tokens - rate * seconds until the next rejection, when
     `turns` is followed after one given act. The difference between two acts says which is better: the relative values
     of average-reward dynamic programming, one step of policy improvement.
 

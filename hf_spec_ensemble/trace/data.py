@@ -23,14 +23,14 @@ class DraftTrace:
     Args:
         token (`int`): Its id.
         author (`int`): Who proposed it, an index of `Trace.authors`.
-        place (`int`): It was the so-many-th proposal of the author's turn, from 1.
+        place (`int`): Its number among the proposals of the author's turn, from 1.
         q (`float`): The probability its author gave it; 1 for a drafter that is no model.
         r (`float`): The probability the ensemble gives it.
         acceptance (`float`): The probability that it was kept, once it was proposed: min(1, r/q) with `"maximal"`
             coupling, 1 / sum_y max(q(y), r(y) q(x) / r(x)) with `"gumbel"` and `"ancestral"`; greedy, 1 for the
             ensemble's most probable token and 0 for others. Where fewer members than all settle a token, what is said
             of the ensemble is said of these: of the owner, or of those that had scored the position.
-        text (`str`, *optional*): What it reads, where the tokenizer is known.
+        text (`str`, *optional*): Its text, if the tokenizer is known.
     """
 
     token: int
@@ -60,8 +60,8 @@ class TokenTrace:
             position, the proposer's among them.
         owner (`int`, *optional*): The member that it was drawn from, an index of `Trace.authors`, with `"ancestral"`
             coupling.
-        text (`str`, *optional*): What it adds to the text, where the tokenizer is known; empty for a token that
-            only a later one completes to a character.
+        text (`str`, *optional*): What it adds to the text, if the tokenizer is known; empty for a token that is an
+            incomplete character.
     """
 
     row: int
