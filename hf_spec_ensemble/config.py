@@ -318,7 +318,7 @@ def config_file(name: str | Path, **kwargs) -> Path:
             file = Path(hf_hub_download(str(name), CONFIG_NAME, **kwargs))
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
-                f"{str(name)!r} is no folder, and no repository on the Hub with an {CONFIG_NAME}: {error}"
+                f"{str(name)!r} is neither a folder nor a repository on the Hub with an {CONFIG_NAME}: {error}"
             ) from error
     if not file.is_file():
         raise FileNotFoundError(f"No {CONFIG_NAME} in {str(name)!r}: save one with `save_pretrained`.")

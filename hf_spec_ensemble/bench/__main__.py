@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> Settings:
     """
     Raises:
-        `ValueError`: for what does not make a config, or files whose task is not clear.
+        `ValueError`: if the options do not form a config, or the task of a file is not clear.
     """
     given = dict(vars(args))
     config = config_of(given)

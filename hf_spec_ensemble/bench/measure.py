@@ -271,7 +271,7 @@ class Bench:
 
 class Passes:
     """
-    Counts and times models' forward passes while it is entered, for what keeps no statistics of its own.
+    A context that counts and times models' forward passes, for methods without statistics of their own.
 
     Args:
         models (`Sequence[PreTrainedModel]`): `counts` and `seconds` have one entry for each.

@@ -108,7 +108,7 @@ class Records:
             )
         for i, record in enumerate(records, 2):
             if "kind" not in record or any(isinstance(part, (list, dict)) for part in key_of(record)):
-                raise ValueError(f"Line {i} of {file} is no record: {str(record)[:80]!r}.")
+                raise ValueError(f"Line {i} of {file} is not a record: {str(record)[:80]!r}.")
         return {key_of(record): record for record in records}
 
 

@@ -107,7 +107,7 @@ class Author:
 
     @property
     def seconds(self) -> float:
-        """Spent in what it did, waiting for what is under way."""
+        """Seconds spent by this author; waits for running work."""
         return self.stopwatch.seconds
 
     def close(self) -> None:

@@ -131,7 +131,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         return outcome.gained
 
     def take_times(self, wait: bool = False) -> None:
-        """Passes on how long authors took, perhaps waiting for what is still under way."""
+        """Records how long authors took; may wait for running work."""
         for author in self.authors:
             if wait:
                 author.stopwatch.wait()

@@ -129,7 +129,7 @@ class Text:
 
         Raises:
             `ValueError`: if an array or tensor has another shape.
-            `TypeError`: if a token is no integer. Nothing is learned then.
+            `TypeError`: if a token is not an integer. Nothing is learned then.
         """
         self._suffixes._learn(self, _integers(tokens))
 

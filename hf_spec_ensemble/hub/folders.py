@@ -59,7 +59,7 @@ class Ensemble:
             `ValueError`: before anything is loaded, for members that do not fit the config or have other tokenizers
                 than the main model.
             `OSError`: if one is not found.
-            `TypeError`: if there is no list of members, or no config.
+            `TypeError`: if `members` is not a list, or `config` not a config.
         """
         entry = entry_of(members, config, drafter)
         config, references, drafting = read_entry(entry)

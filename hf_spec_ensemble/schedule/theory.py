@@ -27,7 +27,7 @@ class Prediction:
 
     Args:
         seconds_per_token (`float`): Expected seconds inside the passes.
-        runs_per_token (`tuple[float, ...]`): By author: forward passes, or calls of a drafter that is no model.
+        runs_per_token (`tuple[float, ...]`): By author: forward passes, or calls of a drafter that is not a model.
         speedup (`float`): Over the standard ensemble, every member's c_i(1) for each token.
     """
 

@@ -59,8 +59,8 @@ class SpecEnsembleLM(HFLM):
             the others are for `HFLM`: `batch_size`, `max_length`, `add_bos_token`, ...
 
     Raises:
-        `ValueError`, `TypeError`: if not just one of `members` and `ensemble` is given, or for what does not make a
-        config.
+        `ValueError`, `TypeError`: if not exactly one of `members` and `ensemble` is given, or the options do not
+        form a config.
         `ImportError`: if lm_eval is not installed.
 
     Example: `lm_eval.simple_evaluate(model="hf-spec-ensemble", model_args={"members": ["reader", "solver"]}, ...)`

@@ -24,7 +24,7 @@ class DraftTrace:
         token (`int`): Its id.
         author (`int`): Who proposed it, an index of `Trace.authors`.
         place (`int`): Its number among the proposals of the author's turn, from 1.
-        q (`float`): The probability its author gave it; 1 for a drafter that is no model.
+        q (`float`): The probability its author gave it; 1 for a drafter that is not a model.
         r (`float`): The probability the ensemble gives it.
         acceptance (`float`): The probability that it was kept, once it was proposed: min(1, r/q) with `"maximal"`
             coupling, 1 / sum_y max(q(y), r(y) q(x) / r(x)) with `"gumbel"` and `"ancestral"`; greedy, 1 for the
@@ -85,12 +85,12 @@ class TokenTrace:
 @dataclass(frozen=True)
 class PassTrace:
     """
-    A forward pass, which serves all rows; or a call of a drafter that is no model.
+    A forward pass, which serves all rows; or a call of a drafter that is not a model.
 
     Args:
         author (`int`): Whose, an index of `Trace.authors`.
         round (`int`): Of the verification that came after it, from 1.
-        tokens (`int`): Tokens that it read in each row, padding included; 0 for a drafter that is no model.
+        tokens (`int`): Tokens that it read in each row, padding included; 0 for a drafter that is not a model.
         seconds (`float`): It took.
     """
 
@@ -110,7 +110,7 @@ class Trace:
         authors (`list[str]`): Names of the models in the order `[model, *assistant_models]`, then of the drafter.
         members (`int`): How many of the authors are members of the ensemble; the others only propose.
         rows (`list[list[TokenTrace]]`): The new tokens of every row of the batch.
-        passes (`list[PassTrace]`): In the order in which they ran, calls of a drafter that is no model among them.
+        passes (`list[PassTrace]`): In the order in which they ran, calls of a drafter that is not a model among them.
         seconds (`float`): From the first pass to the last token.
         rule (`str`): How tokens were drawn: `"greedy"`, `"gumbel"` or `"maximal"`.
         prompts (`list[list[int]]`): The last tokens of every prompt, which the text's first token is read with.
