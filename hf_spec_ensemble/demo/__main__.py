@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
 
     models, drafter = [load(name) for name in names], drafter_of(args.drafter)
     if chosen_drafter(drafter, config) is not None:
-        names.append(f"{'its text' if drafter == AUTO else drafter} (drafter)")
+        names.append(f"{'suffixes' if drafter == AUTO else drafter} (drafter)")
     drafter = drafter if is_named(drafter) else load(drafter)
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model))
     inputs = encode(tokenizer, args.prompt).to(args.device)
