@@ -46,7 +46,7 @@ class Context:
 
     @property
     def keeps_q(self) -> bool:
-        """Whether the distributions of proposals are needed later."""
+        """Whether what proposals were drawn from is looked at again."""
         return self.drawing.needs_q or self.recorder.on
 
 

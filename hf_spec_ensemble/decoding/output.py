@@ -31,8 +31,8 @@ class EnsembleStats:
             `"ancestral"` coupling; else empty.
         predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, those over the prompt
             included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
-            proposal lengths (of the last plan, with `"auto"`); `None` where costs are not known. A batch
-            takes as long as its slowest row, which the prediction does not cover.
+            proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch
+            takes as long as its slowest row, which is not foreseen.
 
     Example:
 

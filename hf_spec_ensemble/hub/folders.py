@@ -58,8 +58,8 @@ class Ensemble:
         Raises:
             `ValueError`: before anything is loaded, for members that do not fit the config or have other tokenizers
                 than the main model.
-            `OSError`: if one is not found.
-            `TypeError`: if `members` is not a list, or `config` not a config.
+            `OSError`: for one that is not found.
+            `TypeError`: for what is no list of members, or no config.
         """
         entry = entry_of(members, config, drafter)
         config, references, drafting = read_entry(entry)

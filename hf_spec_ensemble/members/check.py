@@ -365,7 +365,7 @@ def _repeated(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    """The difference that rounding may explain on the model's device."""
+    """What rounding may explain where the model computes."""
     if getattr(model, "hf_quantizer", None) is not None:
         return TOLERANCE_IF_QUANTISED
     fast = device_of(model).type != "cpu"  # matrices may be multiplied in less than the dtype's precision there

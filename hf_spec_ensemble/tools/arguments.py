@@ -37,7 +37,7 @@ def add_drafter_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def drafter_of(name: str | None) -> str | None:
-    """The argument of `generate(drafter=...)` for a value of `--drafter`."""
+    """What `generate(drafter=...)` takes for what `--drafter` says."""
     return None if name == "none" else name
 
 

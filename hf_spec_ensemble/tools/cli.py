@@ -1,7 +1,7 @@
 """
 Ensembles from the command line.
 
-    hf-spec-ensemble generate "A book costs 4 dollars. How much do 6 books cost?" --members reader solver
+    hf-spec-ensemble generate "Tom has 3 boxes with 12 pencils each. How many has he?" --members reader solver
     hf-spec-ensemble generate --ensemble FOLDER --prompts prompts.txt > texts.jsonl
     hf-spec-ensemble generate "Why is the sky blue?" --members ./base ./math --weights 0.6 0.4 --trace trace.html
     hf-spec-ensemble bench --members ./base ./math --tasks gsm8k
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     for name, (_, what) in ELSEWHERE.items():
         commands.add_parser(name, add_help=False, help=what)
 
-    card = commands.add_parser("card", help="write an ensemble's folder for the Hub, or write its model card again")
+    card = commands.add_parser("card", help="write an ensemble's folder for the Hub, or its model card anew")
     card.add_argument("folder", type=Path)
     _add_members(card, None)
     card.add_argument("--license", help='the Hub\'s name of one, as "apache-2.0"')

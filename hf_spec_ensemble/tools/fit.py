@@ -2,7 +2,7 @@
 Weights from the command line: an ensemble's folder, with those that make the texts of a file most likely.
 
     hf-spec-ensemble fit --members ./base ./math --data-file rows.jsonl --columns question answer --out FOLDER
-    hf-spec-ensemble generate --ensemble FOLDER "A book costs 4 dollars. How much do 6 books cost?"
+    hf-spec-ensemble generate --ensemble FOLDER "Tom has 3 boxes with 12 pencils each. How many has he?"
 
 Each line of the file is a JSON object. One column has whole texts or chats; two have prompts and answers, of which the
 answers count. As in `generate`, prompts go through the chat template if there is one. With several files, each gets
