@@ -3,15 +3,16 @@
 #
 # FOLDER holds four models with one tokenizer, `base`, `math` and `code` of equal size and the small `draft`, and rows of
 # the tasks, `gsm8k.jsonl` and `humaneval.jsonl`, with the fields of their Hub versions. Names of arguments after it
-# choose parts: weighted contrastive three batch8 copy float32 compared compiled curves. Interrupted, it goes on where it was.
+# choose parts: weighted contrastive three steering prompts batch8 copy float32 compared compiled curves. Interrupted, it goes on where it was.
 set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
 cd "$1"
 shift
 
 bench() { python -m hf_spec_ensemble.bench --num-prompts 20 --threads 2 "$@"; }
 tasks=(--tasks gsm8k humaneval --data-file gsm8k=gsm8k.jsonl humaneval=humaneval.jsonl --shots 0 --run-model-code)
 
-[ $# -gt 0 ] || set -- weighted contrastive three batch8 copy float32 compared compiled curves
+[ $# -gt 0 ] || set -- weighted contrastive three steering prompts batch8 copy float32 compared compiled curves
 for part; do
     out=(--out "results/$part")
     case $part in
@@ -20,6 +21,8 @@ for part; do
         batch8) bench "${tasks[@]}" "${out[@]}" --members ./base ./math --dtype bfloat16 --batch-sizes 8 --num-prompts 24 --compare standard auto ;;
         copy) bench --tasks copy "${out[@]}" --data-file copy=humaneval.jsonl --members ./base ./math --dtype bfloat16 --compare standard auto drafter:prompt_lookup ;;
         three) bench "${tasks[@]}" "${out[@]}" --members ./base ./math ./code --dtype bfloat16 --compare standard auto ;;
+        steering) bench "${tasks[@]}" "${out[@]}" --members ./code ./math ./base --dtype bfloat16 --method product --weights 1 1 -1 --compare standard auto ;;
+        prompts) mkdir -p results/prompts && python "$here/guidance.py" . | tee results/prompts/table.md ;;
         float32) bench "${tasks[@]}" "${out[@]}" --members ./base ./math --compare standard auto ;;
         compared) bench "${tasks[@]}" "${out[@]}" --members ./base ./math --dtype bfloat16 --num-prompts 12 --compare standard auto members fixed:1 fixed:5 no-alternate:1 no-alternate:5 drafter:prompt_lookup drafter:./draft ensemble-weight:1 ensemble-weight:2 ensemble-weight:5 assisted:5 ;;
         compiled)

@@ -74,10 +74,10 @@ class EnsembleConfig:
             Whether members alternate as proposer and verifier. `False`: the drafter, or without one the smallest
             member, always proposes, which is plain speculative decoding against r.
         coupling (`str`, defaults to `"auto"`):
-            How tokens are drawn and sampled proposals are judged; all are exact, and greedy decoding and beam search
-            need none. `"auto"` is `"ancestral"` for a weighted mixture of probabilities, else `"gumbel"`.
+            How tokens are drawn and sampled proposals are verified. All are exact. Greedy decoding and beam search
+            use none. `"auto"` is `"ancestral"` for a weighted mixture of probabilities, else `"gumbel"`.
             `"ancestral"`: every position has an owner, member i with probability w_i, and its token is drawn from the
-            owner alone. So a token costs one pass, for any number of members and however much they differ. The owner
+            owner only. So a token costs one pass, for any number of members, also if they differ much. The owner
             and the noise of a position depend on the seed alone, so that a seed's text is the standard ensemble's.
             `"gumbel"`: proposal and verification share Gumbel noise that depends on the seed and the position alone,
             so that a seed's text is the standard ensemble's, whatever the proposals and however long passes take.
@@ -92,12 +92,12 @@ class EnsembleConfig:
             decides that by what passes cost, which is measured in some short passes before the first call. `True`
             shares wherever it is possible, with a warning where it is not.
         check_members (`bool`, defaults to `True`):
-            Whether to try, before a model's first use in a process, that it reads as an ensemble lets it read: several
-            tokens at once, and again after a roll-back. This takes about the time of four tokens. Models that cannot
-            are refused; without the check their texts may be wrong. See `hf_spec_ensemble.check`.
+            Whether to check, before a model's first use in a process, that it reads correctly: several tokens at
+            once, and again after a roll-back. This takes about the time of four tokens. Models that fail are refused;
+            without the check their texts may be wrong. See `hf_spec_ensemble.check`.
         trace (`bool`, defaults to `False`):
-            Whether to record who proposed every token and what became of it: `generate(..., tokenizer=tokenizer,
-            return_dict_in_generate=True).trace`, a `Trace`. Of the speculative ensemble only.
+            Whether to record who proposed every token and whether it was kept: `generate(..., tokenizer=tokenizer,
+            return_dict_in_generate=True).trace`, a `Trace`. Only for the speculative ensemble.
 
     Raises:
         `ValueError` or `TypeError`: naming the field, its value and what is allowed.
@@ -266,7 +266,7 @@ class EnsembleConfig:
         The inverse of `to_dict`.
 
         Raises:
-            `TypeError`: if that is no dict.
+            `TypeError`: if it is not a dict.
             `ValueError`: naming the fields that are not known.
         """
         if not isinstance(fields, dict):
@@ -296,7 +296,7 @@ class EnsembleConfig:
 
         Raises:
             `FileNotFoundError`: if the folder has none, or there is no such folder or repository.
-            `TypeError`: for what is no name.
+            `TypeError`: if it is not a name.
             `ValueError`: naming the file, if it does not hold a config.
         """
         file = config_file(pretrained_path, **kwargs)
@@ -321,7 +321,7 @@ def config_file(name: str | Path, **kwargs) -> Path:
             file = Path(hf_hub_download(str(name), CONFIG_NAME, **kwargs))
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
-                f"{str(name)!r} is no folder, and no repository on the Hub with an {CONFIG_NAME}: {error}"
+                f"{str(name)!r} is neither a folder nor a repository on the Hub with an {CONFIG_NAME}: {error}"
             ) from error
     if not file.is_file():
         raise FileNotFoundError(f"No {CONFIG_NAME} in {str(name)!r}: save one with `save_pretrained`.")

@@ -1,4 +1,4 @@
-"""Makes `generate()` of every transformers model accept `ensemble_config`; touches no model object."""
+"""Makes `generate()` of every transformers model accept `ensemble_config`; changes no model object."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ _original = None  # GenerationMixin.generate while the integration is enabled
 def enable() -> None:
     """
     Makes `model.generate(..., assistant_model=<model or list>, ensemble_config=EnsembleConfig(...))` decode ensembles.
-    Importing the package does this; calling it again changes nothing. Calls without `ensemble_config` are untouched.
+    Importing the package does this; calling it again changes nothing. Calls without `ensemble_config` are unchanged.
 
     Example:
 

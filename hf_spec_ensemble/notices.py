@@ -1,4 +1,4 @@
-"""What users are told from several places: each warning once in a process, and what to do instead."""
+"""Warnings and advice that several modules give; each warning once in a process."""
 
 import logging
 from functools import lru_cache

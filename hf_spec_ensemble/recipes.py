@@ -25,7 +25,7 @@ def guidance(
     model: PreTrainedModel, negative: Mapping[str, torch.Tensor], scale: float = 1.5, **settings: Any
 ) -> dict[str, Any]:
     r"""
-    Classifier-free guidance: away from what the model says to a negative prompt, such as the prompt's last token.
+    Classifier-free guidance: moves away from the distribution under a negative prompt, such as the prompt's last token.
 
     r(y) = softmax(l(y | negative) + scale * (l(y | prompt) - l(y | negative)))
 
@@ -33,10 +33,10 @@ def guidance(
     transformers' own `generate(guidance_scale=scale, negative_prompt_ids=...)`.
 
     Args:
-        model (`PreTrainedModel`): The main model, or another that is to read the negative prompt.
+        model (`PreTrainedModel`): The main model, or another one, which reads the negative prompt.
         negative (`Mapping`): The negative prompt.
-        scale (`float`, defaults to 1.5): 1 leaves the model as it is, more strengthens the prompt. The paper's 1.5 is
-            its best for most tasks.
+        scale (`float`, defaults to 1.5): 1 leaves the model as it is, larger values strengthen the prompt. The paper
+            recommends 1.5 for most tasks.
 
     Returns:
         `dict`: `assistant_model` and `ensemble_config`.
@@ -119,7 +119,7 @@ def replug(
         `dict`: `assistant_model` and `ensemble_config`.
 
     Raises:
-        `ValueError`: for another number of scores, or a temperature that is not above 0.
+        `ValueError`: if the number of scores is wrong, or the temperature is not above 0.
 
     Example:
 
@@ -152,11 +152,11 @@ def prompt_ensemble(
     model: PreTrainedModel, prompts: Sequence[Mapping[str, torch.Tensor]], method: str = "weighted", **settings: Any
 ) -> dict[str, Any]:
     r"""
-    One model asked in several ways: other words, other examples, another order of them. All count the same.
+    One model under several prompts: other words, other examples, another order of examples. Equal weights.
 
     r(y) = 1/N sum_i p(y | prompt_i), or with `method="product"` r(y) = softmax(1/N sum_i l(y | prompt_i))
 
-    The mixture says what some prompts find likely, the product what no prompt finds unlikely. Combining the
+    The mixture favours what some prompts make likely, the product what no prompt makes unlikely. Combining the
     distributions of several prompts: Jiang et al., "How Can We Know What Language Models Know?", arXiv 1911.12543.
 
     Args:
@@ -186,7 +186,7 @@ def proxy_tuning(
     tuned: PreTrainedModel, untuned: PreTrainedModel, scale: float = 1.0, **settings: Any
 ) -> dict[str, Any]:
     r"""
-    Proxy tuning: gives a model what a tuning has changed in a small one. All read the prompt of the call.
+    Proxy tuning: adds to a model what tuning changed in a small one. All read the prompt of the call.
 
     r(y) = softmax(l_model(y) + scale * (l_tuned(y) - l_untuned(y)))
 

@@ -27,7 +27,7 @@ def execute(file: Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(file, as_version=4)
     place = {"metadata": {"path": str(file.parent)}}
-    NotebookClient(notebook, timeout=300, resources=place, coalesce_streams=True).execute()
+    NotebookClient(notebook, timeout=1800, resources=place, coalesce_streams=True).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
         if cell.cell_type == "code":

@@ -18,7 +18,7 @@ def _positions(inputs, first):
 
 
 def ignores_its_cache(model, forward, inputs):
-    """As Llama did in transformers 5.24, when it was given its cache by the name of before."""
+    """As Llama did in transformers 5.24, when it was given its cache by its former name."""
     return forward(**without_cache(inputs))
 
 

@@ -340,7 +340,7 @@ class Trial:
         return Result(EQUAL, detail)
 
     def refused(self, error: Exception) -> bool:
-        """Whether the package says no, before the first token. (Its check of a model is made of forward passes.)"""
+        """Whether the package refuses, before the first token. (Its check of a model is made of forward passes.)"""
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         return isinstance(error, ValueError) and "/hf_spec_ensemble/" in raised_in and self.counting.tokens == 0
 

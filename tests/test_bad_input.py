@@ -198,7 +198,7 @@ def test_eval_shows_no_traceback(folder, capsys, monkeypatch, given):
     arc = dict(include_path=str(Path(tasks.__file__).parent / "arc"), include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", lambda manager=tasks.TaskManager, **given: manager(**given | arc))
     monkeypatch.setattr("logging.raiseExceptions", False)  # lm_eval keeps the streams of earlier tests
-    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("sys.argv", ["hf-spec-ensemble"])
     write(folder, "[]")
     words = ["eval", "--tasks", "arc_easy", "--model_args", *given.format(folder=folder).split()]
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""A cache that an earlier call has filled: the main model goes on from it, the assistants read the text anew."""
+"""A cache that an earlier call has filled: the main model goes on from it, the assistants read the text again."""
 
 import pytest
 import torch

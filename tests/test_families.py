@@ -57,7 +57,7 @@ def test_speculative_is_standard(family, proposals, batch, do_sample):
 @pytest.mark.parametrize("likeness", [0.0, 0.6])
 @pytest.mark.parametrize("family", ["xglm", "mpt", "lfm2", "llama4"])
 def test_rows_in_step(family, likeness, batch):
-    """Models that want rows of the same length, which accept different numbers of proposals."""
+    """Models that need rows of the same length, whose rows accept different numbers of proposals."""
     models = members(family, 3, likeness)
     inputs = prompts(batch)
     settings = dict(weights=[0.4, 0.3, 0.3], num_assistant_tokens=[4, 1, 2])

@@ -207,7 +207,7 @@ def test_a_least_length(lengths, speculative):
 
 @pytest.mark.parametrize("speculative", [True, False])
 def test_classifier_free_guidance(speculative):
-    """It keeps a cache of its own and runs the main model without the prompt, once for each token, in order."""
+    """It has its own cache and runs the main model without the prompt, once for each token, in order."""
     models, inputs = members("llama", 2), prompts(1)
     config = EnsembleConfig(method="product", speculative=speculative)
     out = generate(models, inputs, config, guidance_scale=1.5)

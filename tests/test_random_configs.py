@@ -118,7 +118,7 @@ class Case:
         return [make[name](value) for name, value in self.processors.items()]
 
     def formula(self) -> oracle.Method:
-        """log r as the README has it; where processors rule out a token, all members lose it."""
+        """log r as documented; where processors rule out a token, all members lose it."""
         fields, n = self.fields, self.n
         weights = fields.get("weights") or [1 / n] * n
         if fields["method"] == "weighted":

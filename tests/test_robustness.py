@@ -378,7 +378,7 @@ def test_one_token_with_all_the_mass(likeness, name, draw):
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("name", ["weighted", "weighted raw logits", "product probs", "callable"])
 def test_identical_members_keep_every_proposal(name, draw, dtype):
-    """Where r is q but for rounding. The residual of that is nothing, or dust."""
+    """r equals q up to rounding. The residual is then zero, or rounding noise."""
     model = copy.deepcopy(tiny()).to(dtype)
     out = assert_sound([model, model], name, draw, same_as_standard=dtype == torch.float64)
     # In bfloat16 the members' passes round differently, if they read different numbers of tokens

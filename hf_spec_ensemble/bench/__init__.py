@@ -1,4 +1,4 @@
-"""`python -m hf_spec_ensemble.bench`: what an ensemble gains, on tasks, over what one would else use."""
+"""`python -m hf_spec_ensemble.bench`: the speed of an ensemble on tasks, against the alternatives."""
 
 from .plan import Plan, Settings
 from .records import Records

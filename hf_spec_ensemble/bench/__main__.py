@@ -12,7 +12,7 @@ transformers' own assisted generation, on tasks.
 The folder --out gets every measurement as JSON lines as it is made (the same command continues after an interrupt, and
 more tasks, variants or prompts may be added), a table in Markdown, and plots.
 
-Several processes share the prompts out among them, on GPUs one each. Each writes a file of its own in --out, and the
+Several processes share the prompts; each GPU runs one process. Each writes a file of its own in --out, and the
 last one to end the table and plots:
 
     accelerate launch --multi_gpu --num_processes 2 -m hf_spec_ensemble.bench
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> Settings:
     """
     Raises:
-        `ValueError`: for what does not make a config, or files whose task is not clear.
+        `ValueError`: if the options do not form a config, or the task of a file is not clear.
     """
     given = dict(vars(args))
     config = config_of(given)
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         made.error(str(error))
     if not process.leads and not bench.count_missing(process.rank):
-        return  # whoever has something to measure reports, and the leading process where nobody has
+        return  # a process that measures reports, and the leading one if none does
     if timed is not None:
         bench.records.add(timed)
         print(dtype_note(timed))

@@ -34,7 +34,7 @@ from .variants import COMPILED, STANDARD, Variant, repeats_standard
 
 
 def environment(settings: Settings) -> dict[str, Any]:
-    """What decides over times beside the settings: versions, device, threads."""
+    """What affects times besides the settings: versions, device, threads."""
     device = torch.device(settings.device)
     return {
         "hf_spec_ensemble": __version__,
@@ -210,7 +210,7 @@ class Bench:
         }
 
     def _scores(self, condition: Condition, group: Group, texts: Sequence[str]) -> list[float] | None:
-        """A score for each row; `None` for prompts that were cut, and where scoring would run code without leave."""
+        """A score for each row; `None` for prompts that were cut, and where running code is not allowed."""
         task = TASKS[condition.task]
         if condition.prompt_length is not None or (task.runs_code and not self.settings.run_model_code):
             return None
@@ -292,7 +292,7 @@ class Bench:
 
 class Passes:
     """
-    Counts and times models' forward passes while it is entered, for what keeps no statistics of its own.
+    A context that counts and times models' forward passes, for methods without statistics of their own.
 
     Args:
         models (`Sequence[PreTrainedModel]`): `counts` and `seconds` have one entry for each.

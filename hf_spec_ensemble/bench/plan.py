@@ -1,6 +1,6 @@
-"""What is going to be measured: settings, checked, and the conditions, variants and prompts that follow from them.
+"""What will be measured: checked settings, and the conditions, variants and prompts that follow from them.
 
-All that can be wrong with the settings is found here, before a model is loaded.
+All errors in the settings are found here, before a model is loaded.
 """
 
 import importlib.util
@@ -103,7 +103,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a variant is measured under. `prompt_length` is `None` where prompts are as long as they are."""
+    """The conditions of a measurement. `prompt_length` is `None` if prompts are neither cut nor repeated."""
 
     task: str
     temperature: float

@@ -50,7 +50,7 @@ class Process:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that speaks for all: notes on the plan, and a report of what was there already."""
+        """Whether it is the one that prints notes on the plan, and a report of what was there already."""
         return self.rank == 0
 
     def device(self, name: str) -> str:
@@ -66,7 +66,7 @@ LAUNCHER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what launchers
 
 
 def launch_notes(environment: Mapping[str, str]) -> list[str]:
-    """A note if `accelerate launch` was asked for several processes and started one, which it does without a word."""
+    """A note if `accelerate launch` was asked for several processes and silently started one."""
     asked = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     if not asked or "WORLD_SIZE" in environment:
         return []

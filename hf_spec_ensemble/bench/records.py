@@ -1,8 +1,8 @@
 """The measurements as JSON lines: a header with all that they have in common, then one line for each, as it is made.
 
 A folder holds a file of them for each process. A line's key is all that may differ within it. What is there is not
-measured again; a file whose header is another is refused, for numbers of different settings or versions do not belong
-into one table.
+measured again. A file with another header is refused: numbers of different settings or versions do not belong in one
+table.
 """
 
 import json
@@ -73,7 +73,7 @@ class Records:
         return self._records[key_of(key)]
 
     def of_kind(self, kind: str) -> list[Record]:
-        """The records of a kind, in no order that means something."""
+        """The records of a kind, in no particular order."""
         return [record for record in self._records.values() if record["kind"] == kind]
 
     def add(self, record: Record) -> None:
@@ -108,7 +108,7 @@ class Records:
             )
         for i, record in enumerate(records, 2):
             if "kind" not in record or any(isinstance(part, (list, dict)) for part in key_of(record)):
-                raise ValueError(f"Line {i} of {file} is no record: {str(record)[:80]!r}.")
+                raise ValueError(f"Line {i} of {file} is not a record: {str(record)[:80]!r}.")
         return {key_of(record): record for record in records}
 
 

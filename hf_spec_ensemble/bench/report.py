@@ -194,7 +194,7 @@ def _percent(share: float | None) -> str:
 
 
 def write_report(records: Records, folder: Path, notes: Sequence[str] = ()) -> list[Path]:
-    """Writes the table and the plots, and says where. Each is there as a whole, whoever else writes it meanwhile."""
+    """Writes the table and the plots, and returns their paths. Each file is replaced as a whole."""
     from .plots import plot  # needs matplotlib
 
     with TemporaryDirectory(dir=folder, prefix="report-") as made:

@@ -112,7 +112,7 @@ def runs(program: str, seconds: int = 10, memory: int = 1 << 30) -> bool:
         memory (`int`): Bytes of address space.
 
     Returns:
-        `bool`: `False` after any error or exit, beyond a limit, and for what is no text, as lone surrogates are not.
+        `bool`: `False` after any error or exit, beyond a limit, and if `program` is not valid text.
 
     Example:
 

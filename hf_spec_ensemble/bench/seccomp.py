@@ -2,8 +2,7 @@
 A filter of system calls for Linux (seccomp), as bytes: a process with it can compute and read files, and nothing else.
 
 Each call that is not in `ALLOWED` fails with "operation not permitted". So a call that is new to the kernel, or missing
-here, is refused and not let through. The filter needs no rights to be set, holds for any user, root too, and cannot be
-taken off.
+here, is refused. Setting the filter needs no rights. It holds for any user, including root, and cannot be removed.
 """
 
 import errno

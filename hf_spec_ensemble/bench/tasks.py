@@ -70,7 +70,7 @@ class GSM8K(Task):
 
 
 class MMLU(Task):
-    """Answered in words: without, there would be one token to measure. The data set has no worked examples to show."""
+    """Answered in words; otherwise there would be one token to measure. The data set has no worked examples."""
 
     hub = ("cais/mmlu", "all", "test")
     examples_split = "dev"
@@ -124,7 +124,7 @@ class CNNDailyMail(Task):
 
 class Copy(HumanEval):
     """
-    Copy-editing: most of the answer stands in the prompt, which is what prompt-lookup drafting is for. With an example,
+    Copy-editing: most of the answer is in the prompt, which is what prompt-lookup drafting is for. With an example,
     since small models that are only told to copy often do something else.
     """
 

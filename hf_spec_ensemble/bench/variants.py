@@ -1,4 +1,4 @@
-"""What is compared: names as `--compare` takes them, and the arguments of `generate()` that they stand for."""
+"""What is compared: the names that `--compare` takes, and the arguments of `generate()` that they mean."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

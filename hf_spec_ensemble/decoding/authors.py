@@ -1,7 +1,7 @@
 """Authors: what runs and proposes tokens. A member of the ensemble, several that share passes, or a model or generator
 that drafts.
 
-All answer the same questions: what have you to read, run, what do you propose, and here is what came of it.
+All have the same interface: how many tokens to read, run, propose, and take the result of the verification.
 """
 
 import numpy as np
@@ -86,11 +86,11 @@ class Author:
 
     @property
     def seconds(self) -> float:
-        """Spent in what it did, waiting for what is under way."""
+        """Seconds spent by this author; waits for running work."""
         return self.stopwatch.seconds
 
     def close(self) -> None:
-        """Nothing more will be asked of it."""
+        """Ends its use in this call."""
 
     def tokens_read(self, lap: int | None) -> int:
         """Of a lap with this label, in each row."""
@@ -221,7 +221,7 @@ class ModelAuthor(Author):
 
 class GeneratorAuthor(Author):
     """
-    A generator that drafts: transformers' candidate generators, say. Its proposals come all at once, and cost no pass.
+    A generator that drafts, such as transformers' candidate generators. It proposes all tokens at once, without a pass.
 
     State: the drafts of its last run, and how often it was asked and had any; the rest is the drafter's.
 

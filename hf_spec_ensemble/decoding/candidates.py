@@ -1,4 +1,4 @@
-"""EnsembleCandidateGenerator: lets authors run and propose until something can be verified, and settles that."""
+"""EnsembleCandidateGenerator: runs authors until proposals can be verified, and applies the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -158,7 +158,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             author.refill(row, request.prompt, prefill)
 
     def take_times(self, wait: bool = False) -> None:
-        """Passes on how long authors took, perhaps waiting for what is still under way."""
+        """Records how long authors took; may wait for running work."""
         for author in self.authors:
             if wait:
                 author.stopwatch.wait()
@@ -195,7 +195,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.take_times()
 
     def _propose(self, author: Author) -> None:
-        """Takes of what an author offers as much as the schedule wants."""
+        """Takes as much of an author's offer as the schedule allows."""
         offer = author.offer()
         if offer is None:
             return
@@ -250,7 +250,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
             raise self.context.distribution.fault(row, *self.settling.blamed(self.members, row), place)
 
     def _judge(self, proposed: np.ndarray, accepted: np.ndarray) -> None:
-        """Tells the fate of proposals that were verified, up to the first rejected one of each row."""
+        """Reports which verified proposals were accepted, up to the first rejected one of each row."""
         for row, (pending, tried, kept) in enumerate(zip(self.text.pending, proposed.tolist(), accepted.tolist())):
             for j, (author, confidence) in enumerate(pending[: min(kept + 1, tried)]):
                 self.authors[author].judged(row, j < kept)
@@ -262,7 +262,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         rows that go on, unless no row has lost or drawn any.
         """
         # Exact: cap_b, the least gain of the *other* rows that do not end, depends on their draws alone. Row b keeps
-        # min(gained_b, cap_b) whatever it drew, and draws the rest anew. So a row that ends is cut too: it would have
+        # min(gained_b, cap_b) whatever it drew, and draws the rest again. So a row that ends is cut too: it would have
         # been cut if its last proposal had been rejected.
         ends, active, gained = self.text.ends(outcome), self.text.active, outcome.gained
         if not (active & ~ends).any():

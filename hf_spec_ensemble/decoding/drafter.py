@@ -1,4 +1,4 @@
-"""Drafters that are no models: transformers' candidate generators as proposers from outside the ensemble."""
+"""Drafters that are not models: transformers' candidate generators as proposers from outside the ensemble."""
 
 import math
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ FORGETTING = 0.3  # weight of the last proposal in how far a drafter is trusted
 
 class GeneratorDrafter:
     """
-    Proposes what candidate generators say, all at once, and keeps an eye on how well they do.
+    Takes all proposals of candidate generators at once, and tracks how many of them are accepted.
 
-    Their proposals are taken as they come: with the logits they were drawn from, if the generator gives them, and else
-    as certain, so that they are accepted with probability r(x). Either is exact.
+    If a generator returns the logits that its proposals were drawn from, these are used. Otherwise q is one at the
+    proposal, which is then accepted with probability r(x). Both are exact.
 
     Args:
         generators (`list[CandidateGenerator]`, B): One for each row.
         vocab_size (`int`): Of the main model: a candidate that it does not know, and what follows, is cut.
-        on_host (`bool`): Whether they want their tokens on the CPU.
+        on_host (`bool`): Whether they take their tokens on the CPU.
     """
 
     def __init__(self, generators: list[CandidateGenerator], vocab_size: int, on_host: bool = False):
@@ -50,22 +50,22 @@ class GeneratorDrafter:
         Args:
             row (`int`): b.
             ids (`torch.LongTensor` `[1, T]`): The row's tokens so far, what is pending included.
-            most (`int`): Tokens that have room.
+            most (`int`): The largest number of tokens.
             pending (`Sequence[int]`): The last of these tokens, which may yet be rejected.
 
         Returns:
-            At most so many tokens that may follow, and the logits `[K, V]` they were drawn from, or `None`.
+            At most so many proposed tokens, and the logits `[K, V]` they were drawn from, or `None`.
         """
         candidates, logits = self.generators[row].get_candidates(ids.cpu() if self.on_host else ids)
         tokens = self._known(candidates[0, ids.shape[1] :].tolist()[:most])
         return tokens, None if logits is None else logits[0]
 
     def _known(self, tokens: list[int]) -> list[int]:
-        """These up to the first that the main model does not know."""
+        """These tokens up to the first that the main model does not have."""
         return tokens[: next((j for j, token in enumerate(tokens) if token >= self.vocab_size), len(tokens))]
 
     def learn(self, row: int, tokens: Sequence[int]) -> None:
-        """Tells which tokens a row has gained for good; generators see them when they are asked next."""
+        """Adds a row's new final tokens; generators see them in the next call."""
 
     def settle(self, row: int, ids: torch.Tensor, proposed: int, kept: int) -> None:
         """Tells the generator how many of the last tokens it proposed were kept, as transformers' loop does."""
@@ -84,13 +84,13 @@ class GeneratorDrafter:
         self.trust[row] += FORGETTING * (kept - self.trust[row])
 
     def watch(self, row: int, position: int, tokens: list[int]) -> None:
-        """Remembers tokens that were not proposed for `position` and on, unless it still watches others."""
+        """Remembers tokens that were not proposed from `position` on, unless others are still being compared."""
         if not self.watched[row][1]:
             self.watched[row] = (position, tokens, self.confidence(row))
 
     def compare(self, row: int, position: int, tokens: list[int], falls: bool) -> list[tuple[float, bool]]:
         """
-        Which of the watched tokens came true, up to the first miss, each with how sure the drafter was.
+        Which of the remembered tokens were generated, up to the first that was not, each with the drafter's confidence.
 
         Args:
             position (`int`): Where the tokens stand that the row has gained.
@@ -166,7 +166,7 @@ def drafter_for(
     drafter: str | Suffixes | CandidateGenerator, main: Member, vocab_size: int, max_length: int
 ) -> GeneratorDrafter:
     """
-    For the `drafter` argument of `generate`, where that is no model.
+    For the `drafter` argument of `generate`, if it is not a model.
 
     Args:
         drafter: `"prompt_lookup"`, `Suffixes`, or a generator, which serves one row.
@@ -175,7 +175,7 @@ def drafter_for(
         max_length (`int`): Tokens of the longest text, prompt included.
 
     Raises:
-        `ValueError`: for a generator and several rows.
+        `ValueError`: if there are several rows for one generator.
     """
     batch = len(main.prompt)
     if isinstance(drafter, Suffixes):

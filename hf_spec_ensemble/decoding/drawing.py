@@ -1,4 +1,4 @@
-"""The rules for drawing: how a token is proposed from q and how proposals are judged against r.
+"""The rules for drawing: how a token is proposed from q and how proposals are verified against r.
 
 Each rule is an object with
 

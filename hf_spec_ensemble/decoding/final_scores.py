@@ -8,7 +8,7 @@ import torch
 
 class FinalScores:
     """
-    Adds up the mixture's probabilities as members come to score final positions, and keeps the main model's logits.
+    Sums the mixture's probabilities while members score final positions, and keeps the main model's logits.
 
     State: both, by row and position.
 
@@ -54,7 +54,7 @@ class FinalScores:
 
 
 def padding(like: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities `[V]` that are certain of one token."""
+    """Log-probabilities `[V]` of a distribution with all its mass on one token."""
     return torch.full_like(like, -torch.inf).index_fill(0, token.to(like.device), 0.0)
 
 

@@ -33,7 +33,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
     `ensemble_config=EnsembleConfig(speculative=False)` to `generate()` instead, which uses this class.
 
     The assistants' KV caches follow the calls: a step that adds one token to each row runs one pass over it, beams are
-    reordered, and anything else (a new prompt) starts afresh.
+    reordered, and anything else (a new prompt) starts with empty caches.
 
     Assistants with prompts of their own (`with_prompt`) read these, and then what follows the prompt of the first step.
     Their rows are those of one call, so make a processor for each.
@@ -44,7 +44,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         assistant_models (`PreTrainedModel` or `list[PreTrainedModel]`):
             The other members.
         ensemble_config (`EnsembleConfig`):
-            How to combine. Its `speculative`, `coupling`, `alternate` and `num_assistant_tokens` play no role.
+            How to combine. Its `speculative`, `coupling`, `alternate` and `num_assistant_tokens` are ignored.
         attention_mask (`torch.LongTensor` `[B, P]`, *optional*):
             Of the prompts. If not given, leading `pad_token_id`s of a row count as padding, as long as that is not the
             end-of-sequence token too.
@@ -52,7 +52,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             Of encoder-decoder models, and only of these: what the encoders read, as passed to `generate()`.
 
     Raises:
-        `TypeError`, `ValueError`: if the members do not fit together, or `encoder_inputs` to them.
+        `TypeError`, `ValueError`: if the members, or `encoder_inputs`, do not fit together.
 
     Example:
 
@@ -187,12 +187,12 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         return torch.stack([evidence[member][row, 0] for row, member in enumerate(members.tolist())])
 
     def fault(self, row: int, place: str) -> ValueError:
-        """The error for a row whose scores are no distribution; arguments as for `EnsembleDistribution.fault`."""
+        """The error for a row whose scores are not a distribution; arguments as for `EnsembleDistribution.fault`."""
         scores, evidence = ([one[row, 0] for one in last] for last in self._last)
         return self.distribution.fault(row, [float(one.amax()) for one in scores], evidence, place)
 
     def close(self) -> None:
-        """Ends the current texts; their caches may serve others."""
+        """Ends the current texts; their caches may be used for others."""
         for member in self.members:
             member.close()
         self.members, self._previous, self._ready_for, self._last = [], None, None, ([], [])

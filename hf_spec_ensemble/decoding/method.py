@@ -1,4 +1,4 @@
-"""The decoding method, on the contract of `GenerationMixin._assisted_decoding`: checks the call, and has it decoded."""
+"""The decoding method, with the signature of `GenerationMixin._assisted_decoding`: checks the call and decodes it."""
 
 import torch
 from transformers import (
@@ -70,10 +70,10 @@ def ensemble_decoding(
         ensemble_config (`EnsembleConfig`, *optional*):
             Defaults to `EnsembleConfig()`.
         drafter (`PreTrainedModel`, `str`, `Suffixes`, `CandidateGenerator` or `None`, defaults to `"auto"`):
-            Proposes, and is no part of the ensemble: a model with the same tokenizer; `"prompt_lookup"`, copies of the
-            text so far; what followed before in the texts that a `Suffixes` has seen, those of earlier calls too; or
-            any of transformers' candidate generators, for a single row. `"auto"` is a new `Suffixes` for this call
-            where `num_assistant_tokens` is `"auto"` and members alternate, else none; `None` is none.
+            A proposer outside the ensemble: a model with the same tokenizer; `"prompt_lookup"`, copies of the text so
+            far; what followed before in the texts that a `Suffixes` has seen, also in earlier calls; or any of
+            transformers' candidate generators, for a single row. `"auto"` is a new `Suffixes` for this call where
+            `num_assistant_tokens` is `"auto"` and members alternate, else none; `None` is none.
         media (`dict[str, torch.Tensor]`, *optional*):
             The images and videos that `generate()` was given, for the assistants: of the main model's it passes on only
             what its encoders made of them. `generate(ensemble_config=...)` sees to that.
@@ -87,7 +87,7 @@ def ensemble_decoding(
         `EnsembleEncoderDecoderOutput` (from beam search transformers' own output).
 
     Raises:
-        `TypeError`, `ValueError`: before the first forward pass, for anything that does not fit together.
+        `TypeError`, `ValueError`: before the first forward pass, if arguments or members do not fit together.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What members and drafters are called: in errors, in traces, and where measurements are kept."""
+"""Names of members and drafters: in errors, in traces, and as keys of measurements."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 
 
 def kept_name(thing: Any) -> str | None:
-    """What measurements of a drafter or a method are kept under, without keeping it; a model's are its own."""
+    """The key of measurements of a drafter or a method, which does not keep the object alive."""
     return thing if isinstance(thing, str) or thing is None else getattr(thing, "__qualname__", type(thing).__name__)
 
 
 def names_of(authors: list, prompts: Sequence[Any] = ()) -> list[str]:
-    """What a person calls models and drafters, each different; of some of them, prompts of their own are given."""
+    """Readable names of models and drafters, all different; for some of them, their own prompts are given."""
     names = [getattr(getattr(author, "config", None), "_name_or_path", None) or kept_name(author) for author in authors]
     names = [name.rstrip("/").split("/")[-1] for name in names]
     names = [f"{name}, own prompt" if own else name for name, own in zip_longest(names, prompts)]
@@ -21,7 +21,7 @@ def names_of(authors: list, prompts: Sequence[Any] = ()) -> list[str]:
 
 
 def titles_of(models: list[PreTrainedModel], members: Sequence[int]) -> list[str]:
-    """What errors call these members, given by their places in `[model, *assistant_models]`."""
+    """Names for errors of these members, given by their places in `[model, *assistant_models]`."""
     places = ["the main model" if i == 0 else f"assistant model {i}" for i in members]
     paths = [getattr(models[i].config, "_name_or_path", None) for i in members]
     return [

@@ -24,7 +24,7 @@ class EnsembleStats:
         new_tokens (`int`): Tokens generated, over all rows.
         forward_passes (`list[int]`): Forward passes; one serves all rows of a batch.
         proposed (`list[int]`): Tokens proposed, over all rows.
-        verified (`list[int]`): Of those, the ones that were verified; the others fell with a rejection before them.
+        verified (`list[int]`): Of those, the ones that were verified; the others followed a rejected one.
         accepted (`list[int]`): Of those, the ones that were kept.
         seconds (`float`): From the first forward pass to the last token.
         member_seconds (`list[float]`): Inside the forward passes. For the standard ensemble the main model's entry also

@@ -9,7 +9,7 @@ Each rule is an object with
   of the drawing rule; the distribution takes note,
 - `rule(groups)`: what the theory calls this rule, by what is known now, for groups of members that score together,
 - `complete`: whether all members have scored what is settled,
-- `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, where nothing can be drawn,
+- `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, if nothing can be drawn,
 
 where members are the `MemberScores` of the N members, and counts are numpy integers.
 """
@@ -34,7 +34,7 @@ KNOWN = 64  # findings kept for a row
 
 
 class All:
-    """All members must: right for every method and every way of drawing."""
+    """All members must have scored it: valid for every method and coupling."""
 
     complete = True  # what is drawn from is r
 
@@ -59,8 +59,8 @@ class All:
 
 class Owner:
     """
-    The position's owner must: the member that a mixture's token is drawn from. Owners are drawn before the text is, so
-    that they depend on nothing in it; each member is drawn with the probability of its weight (ancestral sampling).
+    The position's owner must have scored it: the member that a mixture's token is drawn from. Owners are drawn before
+    the text is, so that they do not depend on it, each with the probability of its weight (ancestral sampling).
 
     Args:
         drawing (`Ancestral`): Which draws the owners.
@@ -99,7 +99,7 @@ class Owner:
 
 
 class OwnerAmongAll(All):
-    """All members must, and the position's owner is drawn from: where somebody wants to see r at once."""
+    """All members must, and the token is drawn from the position's owner: if r is needed at once."""
 
     def __init__(self, drawing: Ancestral):
         self._owner = Owner(drawing)
@@ -196,7 +196,7 @@ def _gathered(count: np.ndarray, vector) -> torch.Tensor:
 
 def settling_rule(drawing: Greedy, config: EnsembleConfig, batch: int, complete: bool = False) -> All | Owner | Enough:
     """
-    The rule that asks fewest members; for a config of `for_members`, of the members alone.
+    The rule that needs fewest scores; for a config of `for_members`, of the members alone.
 
     Args:
         complete (`bool`): Whether all members must have scored a position when its token becomes final.

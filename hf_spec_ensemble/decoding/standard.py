@@ -56,7 +56,7 @@ class _SharedNoise(LogitsProcessor):
 
 
 class _Soundness(LogitsProcessor):
-    """Notes in which rows the ensemble gives no distribution; there any token is drawn, and the criteria raise."""
+    """Notes the rows without a distribution; any token is drawn there, and the criteria raise the error."""
 
     def __init__(self, ensemble: EnsembleLogitsProcessor):
         self.ensemble = ensemble
@@ -69,7 +69,7 @@ class _Soundness(LogitsProcessor):
 
 class _Criteria(StoppingCriteriaList):
     """
-    The stopping criteria, which raise first where a row's next token has no distribution to be drawn from.
+    The stopping criteria, which first raise an error if a row's next token has no distribution.
 
     State: steps so far.
     """
@@ -97,8 +97,8 @@ class _Criteria(StoppingCriteriaList):
 
 class _TokenCriteria(_Criteria):
     """
-    For greedy decoding and sampling: counts the tokens of rows that have not stopped, and sees no noise in the scores.
-    Any token was drawn from what is no distribution; here it is found out.
+    For greedy decoding and sampling: counts the tokens of rows that have not stopped, and sees scores without noise.
+    A token drawn from something that is not a distribution is detected here.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, soundness: _Soundness, noise: _SharedNoise | None, ranks: Ranks):
@@ -123,7 +123,7 @@ class _TokenCriteria(_Criteria):
 
 
 class _BeamCriteria(_Criteria):
-    """For a beam search, which by itself would go on from nan. Beams without a token just end."""
+    """For a beam search, which would otherwise continue after nan. Beams without a token end."""
 
     unit = "beam"
 
@@ -138,7 +138,7 @@ class _BeamCriteria(_Criteria):
 def standard(call: Call):
     """Decodes a call; returns what `ensemble_decoding` does."""
     if call.config.trace:
-        warn_once("`trace=True` records what a speculative ensemble does; the standard ensemble leaves no trace.")
+        warn_once("`trace=True` records what a speculative ensemble does; the standard ensemble records none.")
     if call.drafter is not None:
         warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
     beams = (call.generation_config.num_beams or 1) > 1

@@ -1,5 +1,5 @@
 """
-A drafter's memory of text: which tokens followed when the text ended as it ends now, after SuffixDecoding.
+A drafter's memory of text: which tokens followed earlier occurrences of the last tokens, after SuffixDecoding.
 
 It learns from prompts and final tokens, and never runs a model. A draft needs the counts of a suffix tree along a few
 paths only, so no tree is stored. A table tells where an n-gram stood, as in LZ77 compression, and a draft counts what
@@ -26,9 +26,9 @@ Table = dict[tuple[int, ...], list[Place]]  # n-gram -> places where it had come
 
 class Suffixes:
     """
-    What several texts have taught: rows of a batch, and calls that are given the same object, help each other.
+    What was learnt from several texts. Rows of a batch, and calls with the same object, share it.
 
-    Any number of threads may use it, each with texts of its own.
+    Safe for any number of threads, each with its own texts.
 
     Args:
         max_tokens (`int`, defaults to 65,536): Tokens to remember; about 0.5 kB each. They lie in two tables: when the
@@ -75,7 +75,7 @@ class Suffixes:
             tokens (`Iterable[int]`, defaults to none): The prompt, without padding; as for [`Text.extend`].
 
         Returns:
-            `Text`: It learns and drafts. What it taught is remembered when it is gone.
+            `Text`: It learns and drafts. What was learnt from it outlives it.
         """
         text = Text(self)
         text.extend(tokens)
@@ -88,7 +88,7 @@ class Suffixes:
                     self._tables = ({}, self._tables[0])
                     self._room = self._half
                     self._age += 1
-                if text._age != self._age:  # start anew, so that the past can be forgotten; but keep what can match
+                if text._age != self._age:  # start again, so that the past can be forgotten; but keep what can match
                     text._before = text._tokens if text._age == self._age - 1 else []
                     text._tokens, text._age = text._tokens[-DEPTH:], self._age
                 table, past = self._tables[0], text._tokens
@@ -129,13 +129,13 @@ class Text:
 
         Raises:
             `ValueError`: if an array or tensor has another shape.
-            `TypeError`: if a token is no integer. Nothing is learned then.
+            `TypeError`: if a token is not an integer. Nothing is learned then.
         """
         self._suffixes._learn(self, _integers(tokens))
 
     def draft(self, pending: Iterable[int] = (), most: int = 16, least: float = LEAST) -> tuple[list[int], list[float]]:
         """
-        Guesses what comes next. Learns nothing.
+        Proposes what comes next. Learns nothing.
 
         For every suffix that was seen before, it follows the most frequent continuation. A token x that followed c of
         n times, where u different tokens did, is taken to be kept with probability

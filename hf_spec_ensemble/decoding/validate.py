@@ -1,4 +1,4 @@
-"""Checks before the first forward pass: members that fit together, and a call that an ensemble can serve."""
+"""Checks before the first forward pass: that members fit together, and that the call is supported."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -221,7 +221,7 @@ def _check_processors(config: EnsembleConfig, processors: LogitsProcessorList) -
 
 def check_sharding(models: list[PreTrainedModel], config: EnsembleConfig, synced_gpus: bool) -> bool:
     """
-    Checks that processes with texts of their own do not wait for each other's passes in vain.
+    Checks that processes with different texts do not wait for each other's passes forever.
 
     Returns:
         `bool`: Whether the main model's passes go on until all processes have finished (`synced_gpus`).
@@ -284,7 +284,7 @@ def _check_sizes(ids: Any, mask: Any, name: str) -> None:
 
 
 def _check_cache(generation_config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict) -> None:
-    """A cache from an earlier call holds some first tokens of the prompt; the assistants read them anew."""
+    """A cache from an earlier call holds some first tokens of the prompt; the assistants read them again."""
     cache = given_cache(model_kwargs)
     held = 0 if cache is None else tokens_held(cache)
     if not held:

@@ -133,7 +133,7 @@ def verify_maximal(
 
 def verify_match(tokens: torch.Tensor, target: torch.Tensor, proposed: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Keeps a proposal when it is the very token that the ensemble emits: greedy verification with argmax r, and the
+    Keeps a proposal if it is the token that the ensemble emits: greedy verification with argmax r, and the
     drafter-invariant rule (Daliri et al., arXiv 2408.07978) with argmax(log r + g), g being the Gumbel noise that the
     proposal was drawn with.
 

@@ -1,2 +1,2 @@
 """What is decoded: the members' distributions combined, and what may change them. Pure functions of tensors;
-never runs a model, and knows nothing of caches and schedules."""
+never runs a model, and does not depend on caches or schedules."""

@@ -17,7 +17,7 @@ def weighted_sum(scores: Sequence[torch.Tensor], weights: Sequence[float]) -> to
 
     A token is removed from the sum by the members of positive weight. If between them they remove every token, those
     removed by the least weight stay, so that there always is a distribution. For members of weight <= 0 a removed token
-    counts as their least probable kept one: an amateur's cut must not turn into infinite praise.
+    counts as their least probable kept one: a token that an amateur removes must not get an infinite score.
 
     Args:
         scores (`Sequence[torch.Tensor]`, N tensors `[..., V]`): Logits or log-probabilities.
@@ -84,7 +84,7 @@ def works_on_probs(config: EnsembleConfig) -> bool:
 
 def combine(members: Sequence[torch.Tensor], config: EnsembleConfig) -> torch.Tensor:
     """
-    Combines what the members say by `config.method`.
+    Combines the members' distributions by `config.method`.
 
     Args:
         members (`Sequence[torch.Tensor]`, N tensors `[..., V]`):

@@ -75,7 +75,7 @@ class EnsembleDistribution:
 
     def proposal(self, evidence: torch.Tensor, ids, first, count, form: str) -> torch.Tensor:
         """
-        q = softmax(process(logits)) of one member, `[B, K, V]`, from its evidence, without processors that want final
+        q = softmax(process(logits)) of one member, `[B, K, V]`, from its evidence, without processors that need final
         tokens; `form` as for `target`.
         """
         processed = self.process(evidence, ids, first, count, final=False) if self.on_raw_logits else evidence
@@ -119,8 +119,8 @@ class EnsembleDistribution:
 
     def fault(self, row: int, peaks: Sequence[float], evidence: Sequence[torch.Tensor], place: str) -> ValueError:
         """
-        The error for a row in which r, as `target` last gave it, is no distribution at the first position. Only then is
-        it looked for what is to blame.
+        The error for a row in which r, as `target` last gave it, is not a distribution at the first position. Only then
+        the cause is searched for.
 
         Args:
             row (`int`): b.

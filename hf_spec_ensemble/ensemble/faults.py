@@ -21,7 +21,7 @@ def sound_positions(peak: torch.Tensor, probs: bool) -> torch.Tensor:
 
 
 def named(peak: float, probs: bool = False) -> str:
-    """What was found where the greatest of some logits, or probabilities, is this number."""
+    """Describes a position whose greatest logit, or probability, is this number."""
     if math.isnan(peak):
         return "nan"
     if peak == math.inf:

@@ -1,4 +1,4 @@
-"""Grammar constraints for pending positions: xgrammar's processor keeps one state a row and wants tokens in order."""
+"""Grammar constraints for pending positions: xgrammar's processor has one state a row and takes tokens in order."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`prefix_allowed_tokens_fn` for pending positions: a user's function, which is shown the rows' own prefixes only."""
+"""`prefix_allowed_tokens_fn` for pending positions: a user's function, which is only called with the rows' prefixes."""
 
 import numpy as np
 import torch

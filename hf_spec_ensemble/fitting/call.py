@@ -39,7 +39,7 @@ def fit(
     progress: bool = True,
 ) -> FitResult | FitResults:
     """
-    The config under which texts are most likely, and what it is worth on texts that were held out.
+    Finds the config under which texts are most likely, and evaluates it on texts that were held out.
 
     Likelihoods are those of the ensemble without logits processors: at temperature 1, without top-k, top-p or
     penalties. Every member reads every text once. Of a mixture a number per member and token is all that is kept. Of a
@@ -49,7 +49,7 @@ def fit(
     Args:
         members (`Sequence[PreTrainedModel]`): `[model, *assistant_models]`, decoder-only, with one tokenizer.
         texts (iterable, or `dict` of these):
-            What is to become likely: strings; pairs of a prompt and its answer, of which the answer counts; chats,
+            The texts to make likely: strings; pairs of a prompt and its answer, of which the answer counts; chats,
             lists of messages, of which the last, the assistant's, counts; or rows of these, as a `datasets.Dataset`.
             A `dict` has several sets by name: each is fitted by itself.
         tokenizer (`PreTrainedTokenizerBase`): The members'.
@@ -69,20 +69,20 @@ def fit(
             Longer texts are cut to so many tokens, with a warning. By default texts are whole, and refused if they are
             longer than the members' positions.
         batch_size (`int`, defaults to 8): Texts in a pass; they are batched by length.
-        memory (`int`, defaults to 4 GiB): Bytes of distributions that are kept, but for mixtures.
+        memory (`int`, defaults to 4 GiB): Bytes of distributions to keep; not used for mixtures.
         seed (`int`, defaults to 0): Of what is held out, of the order of batches, and of the bootstrap.
         progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
         `FitResult`, with the `config`, or for several sets `FitResults`, a `dict` of them. If reading is interrupted
-        (Ctrl-C), of the texts that were read by then; if the search is, with the best weights so far. It says so, and
+        (Ctrl-C), it is of the texts read so far; if the search is, it has the best weights so far. It says so, and
         which sets were not fitted.
 
     Raises:
         `ValueError`: before the first pass, for members that do not fit together, an unknown method, no texts, empty
             answers, and texts that are too long.
-        `TypeError`: for what is no model, or no text.
-        `KeyboardInterrupt`: if nothing can be said yet.
+        `TypeError`: if something is not a model, or not a text.
+        `KeyboardInterrupt`: if there is no result yet.
 
     Example:
 

@@ -55,10 +55,10 @@ def score(block: Block, weights: torch.Tensor, plausibility: float = 0.0) -> Sco
 
 class Objective:
     """
-    Nats per token of texts, and their gradient, as functions of the weights. Remembers where it was asked.
+    Nats per token of texts, and their gradient, as functions of the weights. Records where it was evaluated.
 
     Args:
-        blocks (`Callable`): Gives the texts' blocks anew; it is called for every evaluation.
+        blocks (`Callable`): Returns the texts' blocks; it is called once for every evaluation.
         plausibility (`float`): As for `score`. Tokens that are cut, whatever the weights, do not count.
     """
 
@@ -128,7 +128,7 @@ def contrast_weight(objective: Objective) -> float:
 
 
 def _root(slope: Callable[[float], float], most: float) -> None:
-    """Looks for the root of an increasing function in [0, most]; it is enough that the function is asked there."""
+    """Finds the root of an increasing function in [0, most]."""
     low, at_low = 0.0, slope(0.0)
     if at_low >= 0:
         return

@@ -22,7 +22,7 @@ def mixture_weights(log_probs: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` `[N]`: float64, with a sum of one.
 
     Raises:
-        `ValueError`: if no member gives some token a probability.
+        `ValueError`: if there is a token to which no member gives a probability.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What members say about texts: their passes, batched by length, and what is kept of these. No maths of weights."""
+"""Members' scores of texts: the passes, batched by length, and what is kept of them. No maths of weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,11 +64,11 @@ class Reading:
 
     def run(self, progress: bool = True) -> None:
         """
-        Reads all texts. Interrupted, those read by all members so far are what there is.
+        Reads all texts. After an interruption, only the texts read by all members are used.
 
         Raises:
             `KeyboardInterrupt`: if that leaves one of the parts empty.
-            `ValueError`: for a member whose logits are nan.
+            `ValueError`: if a member's logits are nan.
         """
         spent, texts = 0, sum(len(batch.texts) for batch in self.waiting)
         try:

@@ -1,4 +1,4 @@
-"""What a fit gives: the config, and what it is worth on texts that were held out, as data and as a table."""
+"""The result of a fit: the config, and its evaluation on texts that were held out, as data and as a table."""
 
 import math
 from collections.abc import Sequence
@@ -131,7 +131,7 @@ class FitResult:
 
         Raises:
             `ImportError`: without matplotlib.
-            `ValueError`: for a product, whose weights are on no line or triangle, and for more than three members.
+            `ValueError`: for a product, whose weights are on no line or triangle, or more than three members.
         """
         extra("matplotlib")
         from .plot import plot
@@ -232,7 +232,7 @@ def _warnings(result: FitResult):
         yield "interrupted: the weights are the best so far, of the texts that were read until then"
     for gain in result.gains:
         if gain.nats.high < 0:
-            yield f"fitted is worse than {gain.over} on the held-out texts: the fitted ones are too few, or others"
+            yield f"fitted is worse than {gain.over} on the held-out texts: it was fitted on too few texts, or others"
         elif gain.is_noise:
             yield f"the gain over {gain.over} is within noise: more texts would tell"
     if result.held_out.texts < FEW:

@@ -54,8 +54,8 @@ def texts_of(
         limit (`int`, *optional*): The members' positions. Longer texts are refused.
 
     Raises:
-        `TypeError`: for what is none of these forms.
-        `ValueError`: for no texts, for one that is empty or has an empty answer, and for one that is too long.
+        `TypeError`: if a text has none of these forms.
+        `ValueError`: if there are no texts, or one is empty, has an empty answer or is too long.
     """
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise TypeError(f"The texts must be a list or a dataset, each {FORMS}, but are {str(given)[:80]!r}.")
@@ -108,7 +108,7 @@ def _tokenized(item: Any, tokenizer: PreTrainedTokenizerBase, chat_template: boo
 
 
 def _chat(turns: list[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> Text:
-    """The last turn counts, with the token that ends it, and not what the template lets follow that."""
+    """The last turn counts, with the token that ends it, but nothing that the template adds after it."""
     if tokenizer.chat_template is None:
         raise ValueError("The tokenizer has no chat template: give pairs of a prompt and its answer, or set one.")
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
@@ -172,7 +172,7 @@ def split(texts: list[Text], share: float, seed: int) -> tuple[list[Text], list[
         `tuple[list[Text], list[Text]]`: To fit on, and held out; each has one at least, and keeps the order.
 
     Raises:
-        `ValueError`: for a single text, or a share that is none.
+        `ValueError`: if there is only one text, or the share is not between 0 and 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"`held_out` must be a share between 0 and 1, or texts, but is {share!r}.")

@@ -1,4 +1,4 @@
-"""The model card of an ensemble. What others have named is shown as text, whatever it holds."""
+"""The model card of an ensemble. Names that others chose are escaped."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def ensemble_card(
     licence: str | None = None,
 ) -> ModelCard:
     """
-    The model card of an ensemble: metadata for the Hub, members, formula, examples that run as they stand. Members that
+    The model card of an ensemble: metadata for the Hub, members, formula, examples that run as they are. Members that
     are folders are named without their paths, `USER/NAME` in the examples, and the card says that they are missing.
 
     Args:
@@ -77,7 +77,7 @@ def ensemble_card(
 
 
 def _auto_class(main: MemberReference) -> str:
-    """The Auto class to load the main model with, as far as that can be told without a network."""
+    """The Auto class to load the main model with, as far as this is known without a network."""
     try:
         config = AutoConfig.from_pretrained(main.name, revision=main.revision or "main", local_files_only=True)
     except (OSError, ValueError):
@@ -121,7 +121,7 @@ def _literal(text: str) -> str:
 
 
 def _text(name: str) -> str:
-    """A name as text: names of files may hold bytes that are none."""
+    """A name as text: names of files may contain bytes that are not text."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

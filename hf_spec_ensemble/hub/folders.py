@@ -179,7 +179,7 @@ def load_ensemble(name: str | Path, revision: str | None = None, **kwargs) -> En
 
     Raises:
         `OSError`: if there is no `ensemble_config.json`, or a member is not found.
-        `TypeError`: for what is no name.
+        `TypeError`: if it is not a name.
         `ValueError`: naming the file, if it does not hold an ensemble; and as `Ensemble.load`.
     """
     given = {key: kwargs[key] for key in ACCESS if key in kwargs and key != "trust_remote_code"}
@@ -214,7 +214,7 @@ def push_ensemble(
         `str`: The commit's address.
 
     Raises:
-        `ValueError`: before anything is sent, as `save_ensemble`, or if a model is a folder, which nobody else has.
+        `ValueError`: before anything is sent, as `save_ensemble`, or if a model is a local folder.
 
     Example: `push_ensemble("me/two-qwens", ["Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-Coder-1.5B"], EnsembleConfig())`.
     """

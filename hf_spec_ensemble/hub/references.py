@@ -57,8 +57,8 @@ class MemberReference:
     def of(cls, member: "Source") -> "MemberReference":
         """
         Raises:
-            `ValueError`: for a model that was loaded from nowhere.
-            `TypeError`: for what is no model and no name.
+            `ValueError`: if a model was not loaded from a folder or the Hub.
+            `TypeError`: if it is neither a model nor a name.
         """
         if isinstance(member, cls):
             return member
@@ -96,7 +96,7 @@ class MemberReference:
         return self.name.rstrip("/").split("/")[-1]
 
     def load(self, **kwargs) -> PreTrainedModel:
-        """The model, ready for inference. `kwargs` are for `from_pretrained`, and win."""
+        """The model, ready for inference. `kwargs` are for `from_pretrained`, and take precedence."""
         kwargs = {"revision": self.revision or "main", "dtype": self.dtype or "auto"} | kwargs
         looks = {name: kwargs[name] for name in ("revision", *ACCESS) if name in kwargs}
         config = AutoConfig.from_pretrained(self.name, **looks)
@@ -136,7 +136,7 @@ def read_entry(entry: dict[str, Any]) -> tuple[EnsembleConfig, list[MemberRefere
     The config, the members and the drafter that an `ensemble_config.json` names.
 
     Raises:
-        `ValueError`, `TypeError`: saying what is not as `save_ensemble` writes it.
+        `ValueError`, `TypeError`: naming what differs from what `save_ensemble` writes.
     """
     fields = dict(entry)
     members, drafter = fields.pop("members", None), fields.pop("drafter", AUTO)

@@ -20,11 +20,11 @@ _making_locks = threading.Lock()
 
 def with_adapter(model: PreTrainedModel, adapter: str | None) -> "AdapterView":
     r"""
-    A model with one of its adapters, or with none, as an assistant or drafter of its own: so that the same base serves
-    as several members, without a copy of its weights.
+    A model with one of its adapters, or with none, as an assistant or drafter. So one base can be several members,
+    without a copy of its weights.
 
-    The adapter is active during this member's forward passes only; then whatever was active before is again, and no
-    parameter's `requires_grad` is touched. The main model of the call goes on with the adapters that are active when
+    The adapter is active during this member's forward passes only. Afterwards the former adapters are active again. No
+    parameter's `requires_grad` changes. The main model of the call goes on with the adapters that are active when
     `generate()` is called. Members that share a base take turns, in other threads too: a lock is held for every forward
     pass of an ensemble's member that shares its base with a view, and by the standard ensemble for its whole call if
     the main model does. A forward pass of the base that another thread makes by itself is not protected.
@@ -70,7 +70,7 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> "AdapterView":
 
 class AdapterView:
     """
-    What `with_adapter` returns: to the engine a model, and in all but its forward pass the base itself.
+    What `with_adapter` returns. The engine treats it as a model; except for its forward pass it is the base.
 
     Args:
         base (`PreTrainedModel`): Holds the adapters' layers.
@@ -148,8 +148,8 @@ class AdapterView:
         """
         This adapter, in place of what is active. The caller holds the lock.
 
-        Not by `set_adapter`, `disable_adapter` and the like: these also walk through all modules, set `requires_grad`
-        of all adapters and write to the PEFT model, at twenty times the cost, for every forward pass.
+        It does not use `set_adapter` or `disable_adapter`: these also walk through all modules, set `requires_grad` of
+        all adapters and write to the PEFT model, at twenty times the cost, for every forward pass.
         """
         if list(self.base.peft_config.items()) != self._configs:
             self.refresh()
@@ -219,12 +219,12 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def identity(model: PreTrainedModel) -> tuple[object, Hashable]:
-    """What measurements of a model are kept for: an object that lives as long as it, and what tells views apart."""
+    """The key of a model's measurements: an object that lives as long as the model, and what distinguishes views."""
     return (model.base, ("adapter", model.adapter)) if isinstance(model, AdapterView) else (model, None)
 
 
 def lock_of(model: PreTrainedModel) -> AbstractContextManager:
-    """Held while a model runs, so that no view switches its adapters meanwhile; none if there is no view of it."""
+    """Held while a model runs, so that no view switches its adapters then; `None` if there is no view of it."""
     lock = _locks.get(base_of(model)) if _locks else None
     return nullcontext() if lock is None else lock
 

@@ -1,4 +1,4 @@
-"""Caches that go back: what `Member` does to the layers of transformers' caches."""
+"""Roll-back of caches: what `Member` does to the layers of transformers' caches."""
 
 import copy
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ from .snapshots import needs_snapshots
 
 def empty_cache(model: PreTrainedModel, slots: int | None = None) -> Cache:
     """
-    As `generate()` would make it: one that grows, which the model is asked for, or, given a number of slots, a static
-    one. All layers of that have so many slots, those with a sliding window too: the mask keeps to the window, and a
-    roll-back finds what shifting the window would have lost.
+    A cache as `generate()` makes it: the model's growing one or, given a number of slots, a static one. In that, layers
+    with a sliding window have all these slots too: the mask enforces the window, and a roll-back finds what shifting
+    the window would have dropped.
     """
     config = model.config.get_text_config(decoder=True)
     if slots is None:
@@ -68,7 +68,7 @@ def tokens_held(cache: Cache) -> int:
 def without_fresh_static_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     `generate()` makes static caches for texts that are read token by token, with no room for the padding of passes and
-    with sliding windows that cannot go back. Nothing is lost with one: it has no memory yet.
+    with sliding windows that cannot go back. Dropping one loses nothing: it holds nothing yet.
     """
     cache = given_cache(kwargs)
     fresh = isinstance(decoder_cache(cache), StaticCache) and not tokens_held(cache)
@@ -78,7 +78,7 @@ def without_fresh_static_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def holds_keys(layer: CacheLayerMixin) -> bool:
-    """Whether there is anything in a layer of attention: those that use another one's keys stay empty (Gemma 4)."""
+    """Whether an attention layer holds keys: layers that use another layer's keys stay empty (Gemma 4)."""
     return layer.is_initialized and layer.keys is not None
 
 
@@ -116,8 +116,8 @@ def pick_slots(layer: CacheLayerMixin, order: np.ndarray, slots: int) -> None:
     Lets a layer hold slots `order[b]` of what were the first `slots` of row b, in this order.
 
     Args:
-        order (`np.ndarray` `[B, length]`): Each in [0, slots). A layer that holds only the last slots of them puts any
-            in the place of others.
+        order (`np.ndarray` `[B, length]`): Each in [0, slots). A layer that holds only the last of them fills the
+            others with any values.
     """
     length = order.shape[1]
     held = slots if isinstance(layer, StaticLayer) else layer.keys.shape[-2]

@@ -1,8 +1,8 @@
-"""Whether a model reads as an ensemble lets it read: tried on a few tokens before its first use, on the model as it is.
+"""Checks that a model reads correctly in all ways that an ensemble uses: on a few tokens, before its first use.
 
 A speculative ensemble reads several tokens in one pass, takes some back, and leaves hidden slots in the caches of
 batches. Whether that gives the logits of the plain text depends on a model's code, its cache and its masks. No list of
-models can promise it. So it is tried, and the logits are compared.
+models can guarantee it. So a few tokens are read in these ways, and the logits are compared.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Reading:
 
 def check_reading(members: Sequence[Member], speculative: bool, ranks: Ranks, new_tokens: int | None = None) -> None:
     """
-    Finds out how members read that have read nothing yet, and lets them do as it suits them; warns once of what a user
+    Finds out how members read that have read nothing yet, and sets them up accordingly; warns once of what a user
     should know.
 
     Args:
@@ -78,7 +78,7 @@ def check_reading(members: Sequence[Member], speculative: bool, ranks: Ranks, ne
         new_tokens (`int`, *optional*): Of the longest text.
 
     Raises:
-        `ValueError`: naming a model that cannot read so, what was found, and what to do.
+        `ValueError`: naming a model that fails, what was found, and what to do.
     """
     for member in members:
         rows = len(member.prompt) > 1
@@ -184,7 +184,7 @@ class _Trial:
         self.error = ""
 
     def reading(self, speculative: bool) -> Reading:
-        """What the trials say."""
+        """The result of the trials."""
         device = device_of(self.model)
         devices = [device] if device.type == "cuda" else []
         # Only dropout draws; elsewhere other threads may be drawing
@@ -408,7 +408,7 @@ def _with_narrow_windows(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _gap(model: PreTrainedModel, longest: int | None) -> int:
-    """So many slots that the widest window that the config speaks of does not reach over them, if texts can."""
+    """A number of slots that the config's widest window does not reach across, if texts can be that long."""
     config = model.config.get_text_config(decoder=True)
     reach = min(FARTHEST, longest or FARTHEST)
     return max((n for n in _numbers_in(config, "window", "window_size", "chunk_size") if n < reach), default=FAR)

@@ -1,5 +1,5 @@
-"""What models' passes have cost so far, in seconds. Kept for the process, in memory, as long as the models live; any
-number of threads may add and read."""
+"""Measured costs of models' passes, in seconds. Kept in memory as long as the models live; safe for any number of
+threads."""
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
@@ -91,7 +91,7 @@ class PassCosts:
         return best
 
     def to_probe(self, batch: int, width: int) -> int | None:
-        """The least width >= `width` that should be measured now; `None` if all have been, and lately."""
+        """The least width >= `width` that should be measured now; `None` if all have been, and recently."""
         for probed in PROBED:
             if probed >= width and not self._fresh(batch, probed):
                 return probed
@@ -160,7 +160,7 @@ class SharedCosts:
 
 
 class _Kept:
-    """What is kept for a list of models, and what for longer lists that begin with it; goes with any of them."""
+    """What is kept for a list of models, and for longer lists that begin with it; deleted with any of the models."""
 
     def __init__(self):
         self.values: dict[Hashable, Any] = {}
@@ -177,8 +177,8 @@ def pass_costs(model: PreTrainedModel, way: str = "growing", widths: Sequence[in
 
 def remembered(models: Sequence[PreTrainedModel], key: Hashable, make: Callable[[], Any]) -> Any:
     """
-    What is kept for these models, in this order, and this key, made by `make()` the first time. It goes when one of the
-    models does, and must hold none of them.
+    What is kept for these models, in this order, and this key, made by `make()` the first time. It is deleted with any
+    of the models, and must not refer to them.
     """
     kept, adapters = _memory, []
     for owner, adapter in map(identity, models):

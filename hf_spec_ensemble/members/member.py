@@ -22,7 +22,7 @@ OWN_KWARGS = (*CACHE_NAMES, "logits_to_keep", "use_cache", "output_logits")
 class Member:
     """
     A language model, its prompt, and how many tokens of each row it has seen. Of an encoder-decoder model, the decoder:
-    the encoder's outputs are among `kwargs`. It knows nothing of other members, which may have other prompts.
+    the encoder's outputs are among `kwargs`. It does not depend on other members, which may have other prompts.
 
     Rows of a batch may see and forget different numbers of tokens. Counts of tokens (`seen` and arguments) are numpy
     integers `[B]`. They count *new* tokens: before the prompt of P tokens is read, `seen` is -P, and then 0.
@@ -161,12 +161,12 @@ class Member:
         """
         The cache, as `generate()` would leave it after `length` new tokens or however many all rows have seen; `None`
         if there is none, or where rows ended at different lengths and layers cannot go back so far. One that will serve
-        other calls is `copied`, unless nobody wants it.
+        other calls is `copied`, unless it is not returned.
         """
         return None
 
     def close(self) -> None:
-        """Nothing will be asked of this member any more; its cache may serve another."""
+        """Ends the use of this member; its cache may be used for another."""
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row b continues what row `rows[b]` was (beam search). `rows`: `torch.LongTensor` `[B]`, CPU."""

@@ -1,4 +1,4 @@
-"""Where a model wants its inputs, also when accelerate has spread or offloaded its weights."""
+"""The device of a model's inputs, also if accelerate has spread or offloaded its weights."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its inputs: not always `model.device`, "meta" where accelerate has offloaded weights."""
+    """The device of a model's inputs: not always `model.device`, "meta" if accelerate has offloaded weights."""
     device = model.device
     if device.type != "meta":
         return device
@@ -17,7 +17,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 class Placed:
-    """A model with offloaded weights, except that its `device` is where it wants its inputs."""
+    """A model with offloaded weights, except that its `device` is that of its inputs."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model

@@ -52,7 +52,7 @@ def with_prompt(
         `PromptView`: Refers to the model and the tensors.
 
     Raises:
-        `TypeError`: if the model is not loaded, or the ids or the mask are no tensors of whole numbers.
+        `TypeError`: if the model is not loaded, or the ids or the mask are not tensors of integers.
         `ValueError`: for an encoder-decoder model, ids that are missing, empty, beyond the vocabulary or stand for
             images, a mask of another shape, and other inputs. The number of rows is checked by `generate()`.
 

@@ -1,7 +1,7 @@
 """Processes that decode together, since a member is spread over them: what they must agree on, and how.
 
-Every process makes every pass and every draw. What would part them are decisions by measured times, and results that
-differ in the last bits; so the first process decides, and the others follow.
+Every process makes every pass and every draw. Decisions by measured times, and results that differ in the last bits,
+could make processes diverge. So the first process decides, and the others follow.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 
 
 class Ranks:
-    """The processes that decode together. Here it is one by itself, which agrees with everything it says."""
+    """The processes that decode together. Here there is only one."""
 
     def agree(self, values: torch.Tensor) -> torch.Tensor:
         """The first process's values, on the device of these. All call with the same shape and dtype."""
         return values
 
     def agree_on(self, thing: Any) -> Any:
-        """The first process's thing, which can be pickled."""
+        """The first process's object, which must be picklable."""
         return thing
 
     def share_random_state(self, device: torch.device) -> None:
-        """From here on all draw what the first one draws, from torch's global generators."""
+        """Gives all processes the first one's state of torch's global generators."""
 
 
 class Together(Ranks):
@@ -62,7 +62,7 @@ def ranks_of(models: Sequence[PreTrainedModel]) -> Ranks:
     `DistributedConfig`); else the process is by itself.
 
     Raises:
-        `ValueError`: for members that are spread in another way, or over different processes.
+        `ValueError`: if members are spread in another way, or over different processes.
     """
     meshes = [getattr(model, "_device_mesh", None) for model in models]
     groups = []

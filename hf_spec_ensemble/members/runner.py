@@ -1,5 +1,5 @@
 """Runner: how a model's forward passes run. Eagerly over a cache that grows or over a static one, or compiled over
-static ones. Knows nothing of tokens; the caches it makes are the member's to fill."""
+static ones. It does not handle tokens: members fill the caches that it makes."""
 
 import copy
 import threading
@@ -57,7 +57,7 @@ class Runner:
             width (`int`): Tokens in a row; 0 for the pass over the prompt.
 
         Returns:
-            The logits, and whether the pass took as long as others like it will.
+            The logits, and whether the time of the pass is representative.
         """
         return self.model(**inputs, return_dict=True).logits, width > 0
 
@@ -181,7 +181,7 @@ def _pass(model, inputs):
 def _compiled(shape: tuple[int, int, int], options: dict[str, Any]):
     """
     `_pass` compiled for one shape. torch keeps compiled code with a function's code object, and gives up on one that it
-    has compiled a few times: hence one of its own for every model and shape.
+    has compiled a few times. So every model and shape has a function of its own.
     """
     name = "pass_of_{}_tokens_in_{}_rows_over_{}_slots".format(*shape)
     function = types.FunctionType(_pass.__code__.replace(co_name=name), _pass.__globals__, name)
@@ -201,7 +201,7 @@ class Stepper:
 
     Args:
         runner (`CompiledRunner`): Of the model.
-        cache (`Cache`, *optional*): The caller's, if there is one; else the runner has one to lend.
+        cache (`Cache`, *optional*): The caller's, if there is one; else the runner lends one.
     """
 
     def __init__(self, runner: CompiledRunner, cache: Cache | None = None):
@@ -226,7 +226,7 @@ class Stepper:
         return CausalLMOutputWithPast(logits=logits, **{OUTPUT_CACHE: given_cache(inputs)})
 
     def finish(self, output: Any) -> None:
-        """The loop is over, and this is what it returned: no later call may write into a cache among that."""
+        """Ends the loop, which returned this: no later call may write into a cache that is part of it."""
         if self._lent:
             if isinstance(output, dict):
                 output[OUTPUT_CACHE] = self.runner.released(self.cache)
@@ -239,7 +239,7 @@ class Running:
     How the members' passes run in one call.
 
     Args:
-        max_length (`int`, *optional*): Tokens of the longest text, prompt included. Of no matter to caches that grow.
+        max_length (`int`, *optional*): Tokens of the longest text, prompt included. Not used for caches that grow.
         static (`bool`): Whether caches are static.
         compile_config (`CompileConfig`, *optional*): Compiles passes over static caches.
     """

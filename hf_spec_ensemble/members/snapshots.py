@@ -52,7 +52,7 @@ class Snapshots:
         return at
 
     def forget_before(self, length: int) -> None:
-        """Nothing before `length` tokens will be asked for."""
+        """States before `length` tokens are not needed any more."""
         last = max((at for at, _ in self._taken if at <= length), default=0)
         self._taken = [(at, held) for at, held in self._taken if at >= last]
 

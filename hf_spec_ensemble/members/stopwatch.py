@@ -42,7 +42,7 @@ class Stopwatch:
         return self._seconds
 
     def wait(self) -> None:
-        """Until all that was measured is known."""
+        """Waits until all measurements are known."""
         while self._events:
             self._events[0][2].synchronize()
             self._take_event()

@@ -1,4 +1,4 @@
-"""UncachedMember: a model that none of transformers' caches serve. It reads the whole text in every pass."""
+"""UncachedMember: a model without transformers' caches. It reads the whole text in every pass."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ class UncachedMember(Member):
         return self._visible(self._index(self.seen) < self.seen[:, None])
 
     def score(self, new, end, width=0, skip=0):
-        """As `Member.score`; `width` plays no role."""
+        """As `Member.score`; `width` is ignored."""
         before = np.maximum(self.seen, -1)
         index = self._index(end)  # [B, S]
         inputs = self._inputs(

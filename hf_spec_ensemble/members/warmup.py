@@ -26,28 +26,28 @@ def warmup(
 ) -> list[float]:
     r"""
     Compiles the passes that `generate(cache_implementation="static", compile_config=compile_config)` will run, all
-    widths of them, so that no call has to wait for that. Without it every width is compiled when it is first needed.
+    widths of them, so that no call has to wait for it. Without it every width is compiled when it is first needed.
     Compiled code and caches are kept as long as the model.
 
     Args:
         members (`Sequence[PreTrainedModel]`):
             The main model, assistants and drafters.
         max_length (`int`):
-            Tokens of the longest text, prompt included. Shorter texts use the same code, longer ones compile anew.
+            Tokens of the longest text, prompt included. Shorter texts use the same code, longer ones do not.
         batch_size (`int`, defaults to 1):
-            B. Each compiles for itself.
+            B. Each batch size is compiled separately.
         compile_config (`CompileConfig`, *optional*):
-            The very options that `generate()` will be given; defaults to `CompileConfig()`.
+            The same options that `generate()` will be given; defaults to `CompileConfig()`.
         widths (`Sequence[int]`):
-            Of the numbers of tokens that passes are padded to, those to compile; by default all.
+            The numbers of tokens, of those that passes are padded to, to compile; by default all.
         progress (`bool`, defaults to `True`):
             Whether to say what is compiled, before it begins, and to show a progress bar.
 
     Returns:
-        `list[float]`: Seconds that it took, by member. None to speak of for what was compiled before.
+        `list[float]`: Seconds by member; close to zero for what was compiled before.
 
     Raises:
-        `ValueError`: if a member cannot be compiled, or for widths that passes are not padded to.
+        `ValueError`: if a member cannot be compiled, or passes are not padded to one of the widths.
 
     Example:
 

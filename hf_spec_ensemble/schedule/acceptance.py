@@ -1,4 +1,4 @@
-"""How often proposals have been kept so far; any number of threads may add and read."""
+"""How often proposals have been kept so far; safe for any number of threads."""
 
 from threading import Lock
 
@@ -7,7 +7,7 @@ class Acceptance:
     """
     How likely an author's proposals are kept, given its confidence: the probability of its most probable token there.
 
-    Counts fade, so that the estimate follows the text, and an author that has not proposed for long gets another try.
+    Counts decay, so that the estimate follows the text, and an author that has long not proposed is tried again.
 
     Example:
 
@@ -32,7 +32,7 @@ class Acceptance:
         self._lock = Lock()  # of those who write
 
     def add(self, confidence: float, kept: bool) -> None:
-        """Takes the fate of a verified proposal."""
+        """Adds the result of a verified proposal."""
         bin_ = self._bin(confidence)
         with self._lock:
             tried_counts, kept_counts = map(list, self._counts)
@@ -41,7 +41,7 @@ class Acceptance:
             self._counts = (tried_counts, kept_counts)
 
     def fade(self, tokens: int) -> None:
-        """Lets old evidence count less, after so many more tokens were generated."""
+        """Reduces the weight of old results, after so many more tokens were generated."""
         share = self.FADE**tokens
         with self._lock:
             tried, kept = ([share * count for count in counts] for counts in self._counts)

@@ -1,4 +1,4 @@
-"""The schedule that chooses by itself who proposes and how much, from what was measured and from the proposers'
+"""The schedule that chooses who proposes and how many tokens, from measured costs and the proposers'
 confidence."""
 
 import math
@@ -71,7 +71,7 @@ class Memory:
 
 class Auto(Schedule):
     """
-    Proposal lengths that choose themselves, to maximise expected tokens per second.
+    Chooses proposal lengths that maximise expected tokens per second.
 
     Two levels: a *plan*, the fixed lengths that `theory.best_turns` finds for the measured costs and the average
     acceptance, renewed now and then; and single *acts*, whether to propose at all and whether to propose one more,

@@ -9,14 +9,14 @@ from .turns import Schedule, Situation
 
 
 def led(schedule: Schedule, ranks: Ranks) -> Schedule:
-    """A schedule by which all processes do the same."""
+    """A schedule that is the same in all processes."""
     return Led(schedule, ranks) if isinstance(ranks, Together) else schedule
 
 
 class Led(Schedule):
     """
-    A schedule by which every process does what the first one's says. Each keeps its own estimates: only decisions are
-    passed on, a few bytes each.
+    A schedule that follows the first process's decisions. Each process keeps its own estimates: only decisions are
+    sent, a few bytes each.
 
     Args:
         schedule (`Schedule`), ranks (`Together`).

@@ -12,7 +12,7 @@ class Roles:
     The authors of proposals, renumbered so that the members come first.
 
     A caller's order is `[model, *assistant_models]`, then a `drafter` if there is one. An assistant of weight zero
-    drafts: it is no part of r, so nothing waits for what it would have scored.
+    drafts: it is not part of r, so no position waits for its scores.
 
     Args:
         order (`tuple[int, ...]`, A): The caller's index of each author.
@@ -83,7 +83,7 @@ class Roles:
         return tuple(config.alternate or author == self.proposer for author in range(len(self.order)))
 
     def lengths(self, config: EnsembleConfig) -> tuple[int, ...] | None:
-        """Proposal lengths of the authors, A, 0 for those that may not propose; `None` if they choose themselves."""
+        """Proposal lengths of the authors, A, 0 for those that may not propose; `None` for automatic lengths."""
         given = config.num_assistant_tokens
         if given == AUTO:
             return None

@@ -3,7 +3,7 @@
 The model is that of Leviathan et al. (arXiv 2211.17192, section 3) carried over to alternating roles (Fu et al., arXiv
 2502.01662, section 3): a proposal of author i is kept with probability a_i, independently of all else, and a pass of i
 over w tokens takes c_i(w) seconds. As long as proposals are kept, a schedule is deterministic; after the first
-rejection one token is drawn from r, all members lag alike, and everything begins anew. So the run between two
+rejection one token is drawn from r, all members lag equally, and everything starts again. So the run between two
 rejections is a renewal cycle, and the time per token is its expected seconds over its expected tokens.
 """
 
@@ -27,7 +27,7 @@ class Prediction:
 
     Args:
         seconds_per_token (`float`): Expected seconds inside the passes.
-        runs_per_token (`tuple[float, ...]`): By author: forward passes, or calls of a drafter that is no model.
+        runs_per_token (`tuple[float, ...]`): By author: forward passes, or calls of a drafter that is not a model.
         speedup (`float`): Over the standard ensemble, every member's c_i(1) for each token.
     """
 
@@ -121,7 +121,7 @@ def worth(
     act: str,
 ) -> float:
     """
-    What the rest of a run is expected to bring beyond its price: tokens - rate * seconds until the next rejection, when
+    The expected value of the rest of a run: tokens - rate * seconds until the next rejection, when
     `turns` is followed after one given act. The difference between two acts says which is better: the relative values
     of average-reward dynamic programming, one step of policy improvement.
 

@@ -1,6 +1,6 @@
 """Who runs the next forward pass, and who may propose. Pure decisions from counts: nothing here sees a token.
 
-That last point is what makes any schedule exact: whether a position is proposed, and by whom, is decided before its
+This makes any schedule exact: whether a position is proposed, and by whom, is decided before its
 token is drawn.
 """
 
@@ -34,7 +34,7 @@ class Situation:
 
 class Schedule:
     """
-    What decides who runs, who proposes and how wide a pass is; told of what came of it.
+    Decides who runs, who proposes and how wide a pass is, and is informed of the results.
 
     Subclasses define `proposes` and `next`; the rest does nothing unless overridden.
     """
@@ -87,8 +87,8 @@ class Turns(Schedule):
         members (`int`): N <= A.
         at_once (`int`, *optional*): The drafter, if there is one, whose proposals all come from one run and not from a
             pass for each.
-        watches (`bool`): Whether that drafter costs next to nothing and so has its turn even with length 0, to see how
-            it would have done.
+        watches (`bool`): Whether that drafter costs almost nothing and so has its turn even with length 0, to measure
+            how many tokens would have been accepted.
 
     Example:
 

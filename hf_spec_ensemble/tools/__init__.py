@@ -1,2 +1,2 @@
 """The command line, the evaluation harness, and what programs share.
-Never used by anything below: it only calls what the package offers."""
+Never imported by the modules below: it only uses the public interface."""

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         made.exit(2, f"{made.prog}: {error}\n")
     except KeyboardInterrupt:
-        made.exit(130, "Interrupted before anything could be said.\n")
+        made.exit(130, "Interrupted before there was a result.\n")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -4,8 +4,8 @@ Ensembles in EleutherAI's lm-evaluation-harness (extra `lm_eval`): the model typ
     hf-spec-ensemble eval --model_args members=reader+solver weights=0.7+0.3 --tasks gsm8k
     hf-spec-ensemble eval --model_args ensemble=FOLDER --tasks arc_easy --batch_size 8
 
-The harness (0.4.13) finds no models outside its own code, so that something has to import this module before it looks
-for the type: the command above does, which is `lm_eval --model hf-spec-ensemble` but for that.
+The harness (0.4.13) finds no models outside its own code, so this module has to be imported before it looks for the
+type. The command above does this; otherwise it is `lm_eval --model hf-spec-ensemble`.
 """
 
 import sys
@@ -61,9 +61,9 @@ class SpecEnsembleLM(HFLM):
             the others are for `HFLM`: `batch_size`, `max_length`, `add_bos_token`, ...
 
     Raises:
-        `ValueError`, `TypeError`: if not just one of `members` and `ensemble` is given, or for what does not make a
-        config.
-        `ImportError`: without lm_eval.
+        `ValueError`, `TypeError`: if not exactly one of `members` and `ensemble` is given, or the options do not
+        form a config.
+        `ImportError`: if lm_eval is not installed.
 
     Example: `lm_eval.simple_evaluate(model="hf-spec-ensemble", model_args={"members": ["reader", "solver"]}, ...)`
     after `import hf_spec_ensemble.harness`.
@@ -144,7 +144,7 @@ class SpecEnsembleLM(HFLM):
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into its results."""
+        """The model's entry in the harness's results."""
         return {
             "model_num_parameters": sum(member.num_parameters() for member in self.members),
             "model_dtype": self.members[0].dtype,
@@ -165,7 +165,7 @@ def _numbers(value: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """lm_eval's command line, for this type unless another is named. Errors of what it is given are one message."""
+    """lm_eval's command line, with this type as default. Wrong arguments give one message."""
     from lm_eval.__main__ import cli_evaluate
 
     argv = sys.argv[1:] if argv is None else argv

@@ -15,7 +15,7 @@ PROGRAM = "hf-spec-ensemble"
 DESCRIPTION = """
 Ensembles from the command line.
 
-    hf-spec-ensemble generate "Tom has 3 boxes with 12 pencils each. How many has he?" --members reader solver
+    hf-spec-ensemble generate "Tom has 3 boxes with 12 pencils each. How many does he have?" --members reader solver
     hf-spec-ensemble generate --ensemble FOLDER --prompts prompts.txt > texts.jsonl
     hf-spec-ensemble generate "Why is the sky blue?" --members ./base ./math --weights 0.6 0.4 --show
     hf-spec-ensemble bench --members ./base ./math --tasks gsm8k
@@ -29,7 +29,7 @@ FIT = """
 Weights from the command line: an ensemble's folder, with those that make the texts of a file most likely.
 
     hf-spec-ensemble fit --members ./base ./math --data-file rows.jsonl --columns question answer --out FOLDER
-    hf-spec-ensemble generate --ensemble FOLDER "Tom has 3 boxes with 12 pencils each. How many has he?"
+    hf-spec-ensemble generate --ensemble FOLDER "Tom has 3 boxes with 12 pencils each. How many does he have?"
 
 Each line of the file is a JSON object. One column has whole texts or chats; two have prompts and answers, of which the
 answers count. As in `generate`, prompts go through the chat template if there is one. With several files, each gets

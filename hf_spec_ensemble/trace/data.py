@@ -1,4 +1,4 @@
-"""Trace: the record of a call. Plain data, and what is counted from it; `show` puts on it how it looks."""
+"""Trace: the record of a call. Plain data and counts; `show` adds the methods that display it."""
 
 import json
 from collections import Counter
@@ -24,14 +24,14 @@ class DraftTrace:
     Args:
         token (`int`): Its id.
         author (`int`): Who proposed it, an index of `Trace.authors`.
-        place (`int`): It was the so-many-th proposal of the author's turn, from 1.
-        q (`float`): The probability its author gave it; 1 for a drafter that is no model.
+        place (`int`): Its number among the proposals of the author's turn, from 1.
+        q (`float`): The probability its author gave it; 1 for a drafter that is not a model.
         r (`float`): The probability the ensemble gives it.
         acceptance (`float`): The probability that it was kept, once it was proposed: min(1, r/q) with `"maximal"`
             coupling, 1 / sum_y max(q(y), r(y) q(x) / r(x)) with `"gumbel"` and `"ancestral"`; greedy, 1 for the
             ensemble's most probable token and 0 for others. Where fewer members than all settle a token, what is said
             of the ensemble is said of these: of the owner, or of those that had scored the position.
-        text (`str`, *optional*): What it reads, where the tokenizer is known.
+        text (`str`, *optional*): Its text, if the tokenizer is known.
     """
 
     token: int
@@ -54,15 +54,15 @@ class TokenTrace:
         token (`int`): Its id.
         probability (`float`): r of it.
         draft (`DraftTrace`, *optional*): The proposal that was verified here: this very token, or one that was
-            rejected and that this token corrects. `None` where the token was drawn from r without one, every member
-            having scored the position already.
+            rejected and that this token corrects. `None` if the token was drawn from r without one, because every
+            member had scored the position already.
         round (`int`): Of verification, from 1.
         passes (`tuple[int, ...]`): The forward passes that it took, indices of `Trace.passes`: those that scored its
             position, the proposer's among them.
         owner (`int`, *optional*): The member that it was drawn from, an index of `Trace.authors`, with `"ancestral"`
             coupling.
-        text (`str`, *optional*): What it adds to the text, where the tokenizer is known; empty for a token that
-            only a later one completes to a character.
+        text (`str`, *optional*): What it adds to the text, if the tokenizer is known; empty for a token that is an
+            incomplete character.
     """
 
     row: int
@@ -122,12 +122,12 @@ def legend_of(marks: Iterable[Mark]) -> dict[str, tuple[Mark, int]]:
 @dataclass(frozen=True)
 class PassTrace:
     """
-    A forward pass, which serves all rows; or a call of a drafter that is no model.
+    A forward pass, which serves all rows; or a call of a drafter that is not a model.
 
     Args:
         author (`int`): Whose, an index of `Trace.authors`.
         round (`int`): Of the verification that came after it, from 1.
-        tokens (`int`): Tokens that it read in each row, padding included; 0 for a drafter that is no model.
+        tokens (`int`): Tokens that it read in each row, padding included; 0 for a drafter that is not a model.
         seconds (`float`): It took.
     """
 
@@ -147,7 +147,7 @@ class Trace:
         authors (`list[str]`): Names of the models in the order `[model, *assistant_models]`, then of the drafter.
         members (`int`): How many of the authors are members of the ensemble; the others only propose.
         rows (`list[list[TokenTrace]]`): The new tokens of every row of the batch.
-        passes (`list[PassTrace]`): In the order in which they ran, calls of a drafter that is no model among them.
+        passes (`list[PassTrace]`): In the order in which they ran, calls of a drafter that is not a model among them.
         seconds (`float`): From the first pass to the last token.
         rule (`str`): How tokens were drawn: `"greedy"`, `"gumbel"` or `"maximal"`.
         prompts (`list[list[int]]`): The last tokens of every prompt, which the text's first token is read with.

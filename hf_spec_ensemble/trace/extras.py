@@ -1,4 +1,4 @@
-"""Packages that only some of what a trace can do needs."""
+"""Optional packages that some methods of a trace need."""
 
 import importlib
 from types import ModuleType

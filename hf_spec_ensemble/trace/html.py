@@ -1,5 +1,5 @@
 """A trace as HTML for notebooks: the text, marked by who proposed it, with a legend. Everything that comes from models
-or files is escaped; nothing is loaded and no script runs."""
+or files is escaped. Nothing is loaded, and no script runs."""
 
 from collections.abc import Iterable, Sequence
 from html import escape

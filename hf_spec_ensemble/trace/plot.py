@@ -59,7 +59,7 @@ def _acceptance(trace: Trace, ax: Axes) -> None:
 
 
 def _gains(trace: Trace, ax: Axes) -> None:
-    """Averaged over the rows that gained any: what a round is good for."""
+    """Tokens gained by each round, averaged over the rows that gained any."""
     gained = [[0] * (trace.rounds + 1) for _ in trace.rows]
     for token in trace.tokens:
         gained[token.row][token.round] += 1

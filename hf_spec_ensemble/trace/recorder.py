@@ -22,7 +22,7 @@ class NoRecord:
         """The author's first pass that was not timed yet read so many tokens in each row."""
 
     def proposed(self, author: int, turn: int, count: np.ndarray) -> None:
-        """An author has proposed `count[b]` tokens in row b in its so-many-th consecutive pass, from 1."""
+        """An author has proposed `count[b]` tokens in row b in its n-th consecutive pass, from 1."""
 
     def verified(self, start, candidates, acceptance, outcome) -> None:
         """

@@ -1,4 +1,4 @@
-"""How a trace is shown: the one place that puts this on `Trace`, which itself is data."""
+"""How a trace is displayed: adds the display methods to `Trace`, which itself is data."""
 
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ def plot(self: Trace) -> "Figure":
         `matplotlib.figure.Figure`.
 
     Raises:
-        `ImportError`: without matplotlib.
+        `ImportError`: if matplotlib is not installed.
     """
     extra("matplotlib")
     from .plot import plot

@@ -1,4 +1,4 @@
-"""What single tokens read, in their context."""
+"""The text of single tokens, in their context."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Proposers from outside the ensemble: the text stays the ensemble's, whatever they say."""
+"""Proposers from outside the ensemble: the text stays the ensemble's, whatever they propose."""
 
 import oracle
 import pytest
@@ -16,7 +16,7 @@ LENGTHS = ["auto", 1, 4]
 
 
 class Guesses(CandidateGenerator):
-    """Says anything, up to four tokens, and with `tells` what it drew that from."""
+    """Proposes up to four random tokens, and with `tells` returns their logits."""
 
     def __init__(self, vocab=VOCAB, tells=False):
         self.vocab, self.tells = vocab, tells
@@ -33,7 +33,7 @@ class Guesses(CandidateGenerator):
 
 
 class Insists(Guesses):
-    """Says the same token over and over, however improbable it is."""
+    """Proposes the same token every time, however improbable it is."""
 
     def __init__(self, count=4):
         super().__init__()

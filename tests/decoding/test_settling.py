@@ -1,4 +1,4 @@
-"""What settles a token: the owner of a position, or members that the rest cannot outvote."""
+"""What settles a token: the owner of a position, or members whose lead the rest cannot change."""
 
 import copy
 

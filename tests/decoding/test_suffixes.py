@@ -315,7 +315,7 @@ def test_a_match_reaches_across_what_was_forgotten():
 
 
 def test_what_another_text_forgot_is_not_taken_for_its_own():
-    """A text that slept while two tables were forgotten has no past in them."""
+    """A text that was not used while two tables were dropped has no entries in them."""
     suffixes = Suffixes(200)
     text = suffixes.text([0])
     suffixes.text([*range(1000, 1250), 1, 2, 3, 4])

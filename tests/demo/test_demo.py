@@ -42,6 +42,7 @@ def test_the_family_decodes_identically_in_float32(assistants):
 def test_the_demo_shows_both_ensembles(capsys):
     main(["--max-new-tokens", "24", "--repeats", "1"])
     out = capsys.readouterr().out
+    assert "only there to run" in out
     for said in ("Tokens: identical", "forward passes of reader", "acceptance of solver's", "Speed ratio:"):
         assert said in out
 
@@ -57,6 +58,7 @@ def test_the_demo_takes_folders_and_the_config(capsys, tmp_path):
     )
     main(arguments.split())
     out = capsys.readouterr().out
+    assert "only there to run" not in out
     assert "Prompt: hello" in out and "Tokens: identical" in out and "forward passes of 2" in out
 
 

@@ -116,7 +116,7 @@ def test_errors_say_what_to_do(tmp_path):
     model.config._name_or_path = ""
     with pytest.raises(ValueError, match="save_pretrained"):
         se.save_ensemble(tmp_path, [model, model], se.EnsembleConfig())
-    with pytest.raises(FileNotFoundError, match="no folder, and no repository"):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a repository"):
         se.load_ensemble(tmp_path / "not" / "there")
     se.EnsembleConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="names no members"):

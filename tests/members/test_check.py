@@ -1,4 +1,4 @@
-"""Models that read in a wrong way are found before the first token, and those that read well are not suspected."""
+"""Models that read in a wrong way are found before the first token, and those that read correctly are accepted."""
 
 import copy
 import threading

@@ -247,7 +247,7 @@ def test_a_drafter_need_not_know_all_tokens_of_the_prompt():
 
 
 def test_an_end_that_only_some_members_know_is_never_drawn():
-    """The main model's end of text lies in its padding: no member that lacks it can make the text end."""
+    """The main model's end-of-text token is in its padding: members that lack it give it no probability."""
     models = [padded(203, 0), padded(200, 1)]
     config = se.EnsembleConfig(num_assistant_tokens=2)
     out = models[0].generate(
