@@ -26,6 +26,9 @@ from .members.prompts import model_of
 from .notices import warn_once
 
 
+LONGEST = 2**31  # list of prompts
+
+
 @dataclass
 class EnsembleGenerationOutput:
     """
@@ -35,7 +38,7 @@ class EnsembleGenerationOutput:
         request_id (`str`): `"req_0"` of the first prompt, and so on.
         prompt_ids (`list[int]`), generated_tokens (`list[int]`): The prompt, and what follows, a token that ended it
             included.
-        number (`int`): The prompt's place in the list.
+        number (`int`): The prompt's place in the list, or that of `numbers`.
     """
 
     request_id: str
@@ -79,15 +82,17 @@ def generate_batch(
             Whether to show how many texts are done.
         kwargs:
             Whatever else `generate()` takes for text: `drafter`, `max_new_tokens`, `logits_processor`,
-            `stopping_criteria`, `stop_strings` and `tokenizer`, ...
+            `stopping_criteria`, `stop_strings` and `tokenizer`, ... And `numbers` (`Sequence[int]`): the places of
+            `inputs` in a longer list, of which they are what is left to do; by default 0, 1, 2, ... Texts and
+            request ids are then those of the longer list.
 
     Returns:
         `dict[str, EnsembleGenerationOutput]`: By request id, in the order of the prompts; empty without prompts.
 
     Raises:
         `TypeError`, `ValueError`: before the first forward pass: for prompts that are no lists of known tokens, for
-            what `generate()` refuses, and for what would let texts depend on each other, as `coupling="maximal"` of
-            samples and processors that keep state.
+            `numbers` that are not one for each prompt, each once, for what `generate()` refuses, and for what would let
+            texts depend on each other, as `coupling="maximal"` of samples and processors that keep state.
 
     Example:
 
@@ -145,6 +150,7 @@ def generate_as_completed(
     """
     config = ensemble_config or EnsembleConfig()
     prompts = _prompts(inputs)
+    numbers = _places(kwargs.pop("numbers", None), len(prompts))
     _check_size(batch_size)
     _check_arguments(kwargs)
     assistants = assistant_list(assistant_model)
@@ -152,7 +158,7 @@ def generate_as_completed(
     check_members([model, *assistants], config, drafter)
     _check_prompts(prompts, [model, *assistants])
     arguments = kwargs | dict(assistant_model=assistants, drafter=drafter, generation_config=generation_config)
-    calls = [_call(model, number, prompt, config, arguments) for number, prompt in enumerate(prompts)]
+    calls = [_call(model, number, prompt, config, arguments) for number, prompt in zip(numbers, prompts)]
     if not calls:
         return _results(None)
     if config.share_passes is True:
@@ -161,7 +167,7 @@ def generate_as_completed(
     first = replace(calls[0], config=apart)
     _check_call(first, len(prompts))
     first.ranks.share_random_state(first.input_ids.device)
-    requests = [Request.of(number, call) for number, call in enumerate(calls)]
+    requests = [Request.of(number, place, call) for place, (number, call) in enumerate(zip(numbers, calls))]
     return _results(Queue(first, requests, batch_size))
 
 
@@ -208,6 +214,20 @@ def _tokens(number: int, prompt: Any) -> list[int]:
         f"Prompt {number} must be a list of token ids, but is a {type(prompt).__name__}: {str(prompt)[:60]!r}. Pass "
         "`tokenizer(texts)['input_ids']`."
     )
+
+
+def _places(numbers: Sequence[int] | None, count: int) -> list[int]:
+    """The prompts' places in a list, by default in that of `inputs`."""
+    if numbers is None:
+        return list(range(count))
+    places = list(numbers)
+    if not all(isinstance(place, int) and 0 <= place < LONGEST for place in places) or len(set(places)) < len(places):
+        raise ValueError(
+            f"`numbers` must be places in a list, whole numbers from 0 on and each once, but are {str(numbers)[:60]}."
+        )
+    if len(places) != count:
+        raise ValueError(f"`numbers` has {len(places)} places, but there are {count} `inputs`: give one for each.")
+    return places
 
 
 def _check_size(batch_size: int) -> None:

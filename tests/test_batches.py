@@ -178,6 +178,23 @@ def test_prompts_are_read_in_parts(monkeypatch, family, tokens):
     assert max(width for rows, width in widths if rows == 1) == tokens
 
 
+def test_prompts_that_are_left_of_a_longer_list():
+    model, other = members()
+    inputs, left = prompts(6), [5, 1, 4]
+    ids, mask = refill.padded(prompts(6, seed=1))
+    config, kwargs = se.EnsembleConfig(), dict(do_sample=True)
+    whole = batched([model, se.with_prompt(other, ids, mask)], inputs, config, 2, **kwargs)
+    torch.manual_seed(5)
+    results = se.generate_batch(
+        model, [inputs[i] for i in left], assistant_model=se.with_prompt(other, ids[left], mask[left]), batch_size=2,
+        progress_bar=False, numbers=left, **SETTINGS | kwargs,
+    )  # fmt: skip
+    assert {name: result.generated_tokens for name, result in results.items()} == {
+        f"req_{i}": whole[i] for i in sorted(left)
+    }
+    assert [result.number for result in results.values()] == sorted(left)
+
+
 def order(models, inputs, batch_size, **kwargs):
     given = dict(assistant_model=models[1:], batch_size=batch_size)
     return [result.number for result in se.generate_as_completed(models[0], inputs, **given, **SETTINGS | kwargs)]
@@ -256,6 +273,9 @@ class _KeepsState:
         ([[9], []], {}, ValueError, "Prompt 1 is empty"),
         ([[9], [VOCAB]], {}, ValueError, f"Prompt 1 holds token {VOCAB}"),
         ([[9]], dict(batch_size=0), ValueError, "batch_size"),
+        ([[9], [8]], dict(numbers=[3]), ValueError, "`numbers` has 1 places, but there are 2"),
+        ([[9], [8]], dict(numbers=[3, 3]), ValueError, "each once"),
+        ([[9]], dict(numbers=[-1]), ValueError, "from 0 on"),
         ([[9]], dict(assistant_model=None), ValueError, "needs the other members"),
         ([[9]], dict(attention_mask=torch.ones(1, 1)), ValueError, "`attention_mask` is not supported"),
         ([[9]], dict(num_beams=2), ValueError, "num_beams"),

@@ -102,11 +102,11 @@ class Queue:
         """The next requests, as many as there are rows."""
         requests = [self.waiting.popleft() for _ in range(min(self.batch_size, len(self.waiting)))]
         ids, mask = (x.to(self.call.input_ids.device) for x in padded([request.prompt for request in requests]))
-        numbers = [request.number for request in requests]
+        places = [request.place for request in requests]
         common = vars(self.call) | {
             "input_ids": ids,
             "model_kwargs": {"attention_mask": mask},
-            "prompts": [own and of_rows(own, numbers) for own in self.call.prompts],
+            "prompts": [own and of_rows(own, places) for own in self.call.prompts],
         }
         longest = self._longest_prompt, self._longest_text
         return Group(**common, requests=requests, longest=longest, like=self.call.cache, rule=self._rule)
@@ -120,14 +120,14 @@ class Queue:
         own = self.call.prompts[place]
         if own is None:
             return padded([request.prompt])
-        return of_rows(own, [request.number]).rows(1, 1, torch.device("cpu"))
+        return of_rows(own, [request.place]).rows(1, 1, torch.device("cpu"))
 
 
-def of_rows(own: Prompt, numbers: Sequence[int]) -> Prompt:
-    """Of a member's own prompts those with these numbers, where it has one for each."""
+def of_rows(own: Prompt, places: Sequence[int]) -> Prompt:
+    """Of a member's own prompts those in these places, where it has one for each."""
     if len(own.input_ids) == 1:
         return own
-    return replace(own, input_ids=own.input_ids[list(numbers)], attention_mask=own.attention_mask[list(numbers)])
+    return replace(own, input_ids=own.input_ids[list(places)], attention_mask=own.attention_mask[list(places)])
 
 
 class Filler:

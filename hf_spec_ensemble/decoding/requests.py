@@ -24,7 +24,8 @@ class Request:
     A prompt and what a `generate()` call of its own would do with it.
 
     Args:
-        number (`int`): Its place in the list.
+        number (`int`): By which its noise is keyed, and its text given out.
+        place (`int`): Among the prompts of this call.
         prompt (`list[int]`): Tokens, without padding.
         max_new_tokens (`int`): Of its text.
         process (`PositionwiseProcessor`): For one row.
@@ -32,17 +33,18 @@ class Request:
     """
 
     number: int
+    place: int
     prompt: list[int]
     max_new_tokens: int
     process: PositionwiseProcessor
     criteria: StoppingCriteriaList
 
     @classmethod
-    def of(cls, number: int, call: Call) -> "Request":
+    def of(cls, number: int, place: int, call: Call) -> "Request":
         """What a call of one row asks for."""
         criteria = StoppingCriteriaList([one for one in call.stopping_criteria if type(one) not in OF_TEXT])
         process = PositionwiseProcessor(call.logits_processor, call.pad_token_id)
-        return cls(number, call.input_ids[0].tolist(), call.max_new_tokens, process, criteria)
+        return cls(number, place, call.input_ids[0].tolist(), call.max_new_tokens, process, criteria)
 
 
 class RowProcessors:
