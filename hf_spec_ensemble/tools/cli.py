@@ -5,12 +5,14 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
+from ..batches import generate_as_completed
 from ..config import CONFIG_NAME, EnsembleConfig
 from ..decoding.drafter import is_named
 from ..hub import Ensemble, MemberReference, load_ensemble, save_ensemble
@@ -21,6 +23,7 @@ from ..trace import TraceStreamer
 from ..trace.html import page_of
 from . import options
 from .arguments import check_device, config_of, default_device, drafter_of, locate
+from .results import Result, in_order, read_prompts, read_results, write_results
 
 
 PROGRAMS = {"bench": "..bench.__main__", "fit": ".fit", "eval": ".harness"}  # commands with modules of their own
@@ -46,7 +49,7 @@ def _said(message: str, code: int) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
+    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise ValueError(f"there is nothing to ask: {args.prompts} has no prompts.")
     args.device = args.device or default_device()
@@ -54,33 +57,109 @@ def _generate(args: argparse.Namespace) -> None:
     for option in ("trace", "show"):
         if getattr(args, option) and len(prompts) > 1:
             raise ValueError(f"--{option} shows one text, but there are {len(prompts)} prompts.")
+    if len(prompts) > 1 or args.out:
+        _many(args, prompts)
+    else:
+        _one(args, prompts[0])
+
+
+def _one(args: argparse.Namespace, prompt: str) -> None:
+    """Prints a text as it comes."""
     ensemble = _ensemble(args)
     if args.trace:
         ensemble.config.trace = True
+    streamer = TraceStreamer if args.show else TextStreamer
+    streamer = streamer(ensemble.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    set_seed(args.seed)
+    out = ensemble.generate(
+        **_encoded(ensemble, prompt), **_settings(args, ensemble), return_dict_in_generate=True, streamer=streamer
+    )
+    if args.stats:
+        print(f"\n{out.stats}", file=sys.stderr)
+    if args.trace:
+        args.trace.write_text(page_of(out.trace, title=prompt), encoding="utf-8")
+
+
+def _many(args: argparse.Namespace, prompts: list[str]) -> None:
+    """Writes JSON lines, to a file as texts are done, or prints them in the order of the prompts."""
+    done, size = read_results(args.out, prompts) if args.out else (set(), 0)
+    if done:
+        print(f"{len(done)} of {len(prompts)} prompts are in {args.out} already: skipped.", file=sys.stderr)
+    left = [number for number in range(len(prompts)) if number not in done]
+    if not left:
+        return
+    ensemble = _ensemble(args)
+    ensemble.config.trace = False
+    reason = _apart(args, ensemble)
+    if reason:
+        print(f"Prompts are decoded one at a time: {reason}.", file=sys.stderr)
+    texts = (_in_turn if reason else _together)(args, ensemble, prompts, left)
+    with closing(texts):
+        results = tqdm(texts, total=len(left), unit="prompt")
+        if args.out:
+            return write_results(args.out, size, results)
+        for result in in_order(results):
+            del result["number"]
+            tqdm.write(json.dumps(result, ensure_ascii=False))
+
+
+def _apart(args: argparse.Namespace, ensemble: Ensemble) -> str | None:
+    """Why prompts cannot share a batch, if so."""
+    if ensemble.assistant_tokenizers is not None:
+        return "the members' tokenizers differ"
+    if ensemble.model.config.is_encoder_decoder:
+        return "the members are encoder-decoder models"
+    if args.do_sample and ensemble.config.coupling == "maximal":
+        return "with coupling maximal, samples depend on what shares the batch"
+    return "--stats are of one text" if args.stats else None
+
+
+def _together(
+    args: argparse.Namespace, ensemble: Ensemble, prompts: list[str], numbers: list[int]
+) -> Iterator[Result]:  # fmt: skip
+    """The results of the prompts with these numbers, as they are done."""
+    set_seed(args.seed)
+    texts = generate_as_completed(
+        ensemble.model,
+        [_encoded(ensemble, prompts[number])["input_ids"][0] for number in numbers],
+        ensemble.assistant_models,
+        ensemble.config,
+        batch_size=args.batch_size,
+        drafter=ensemble.drafter,
+        numbers=numbers,
+        **_settings(args, ensemble),
+    )
+    with closing(texts):
+        for done in texts:
+            text = ensemble.tokenizer.decode(done.generated_tokens, skip_special_tokens=True)
+            yield {"number": done.number, "prompt": prompts[done.number], "text": text}
+
+
+def _in_turn(
+    args: argparse.Namespace, ensemble: Ensemble, prompts: list[str], numbers: list[int]
+) -> Iterator[Result]:  # fmt: skip
+    """As `_together`, by a `generate()` call for each."""
+    for number in numbers:
+        inputs = _encoded(ensemble, prompts[number])
+        set_seed(args.seed + number)
+        out = ensemble.generate(**inputs, **_settings(args, ensemble), return_dict_in_generate=True)
+        start = 0 if ensemble.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        text = ensemble.tokenizer.decode(out.sequences[0, start:], skip_special_tokens=True)
+        stats = {"passes_per_token": out.stats.passes_per_token, "seconds": out.stats.seconds} if args.stats else {}
+        yield {"number": number, "prompt": prompts[number], "text": text, **stats}
+
+
+def _encoded(ensemble: Ensemble, prompt: str) -> dict[str, Any]:
+    chat = ensemble.tokenizer.chat_template is not None
+    return ensemble.encode([{"role": "user", "content": prompt}] if chat else prompt)
+
+
+def _settings(args: argparse.Namespace, ensemble: Ensemble) -> dict[str, Any]:
+    """Of each text, for `generate()`."""
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    alone, streamer = len(prompts) == 1, TraceStreamer if args.show else TextStreamer
-    for prompt in tqdm(prompts, disable=alone, unit="prompt"):
-        chat = ensemble.tokenizer.chat_template is not None
-        inputs = ensemble.encode([{"role": "user", "content": prompt}] if chat else prompt)
-        set_seed(args.seed)
-        out = ensemble.generate(
-            **inputs,
-            max_new_tokens=args.max_new_tokens,
-            do_sample=args.do_sample,
-            **sampling,
-            return_dict_in_generate=True,
-            tokenizer=ensemble.tokenizer,
-            streamer=streamer(ensemble.tokenizer, skip_prompt=True, skip_special_tokens=True) if alone else None,
-        )
-        if not alone:
-            text = ensemble.tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            stats = {"passes_per_token": out.stats.passes_per_token, "seconds": out.stats.seconds} if args.stats else {}
-            tqdm.write(json.dumps({"prompt": prompt, "text": text, **stats}, ensure_ascii=False))
-        elif args.stats:
-            print(f"\n{out.stats}", file=sys.stderr)
-        if args.trace:
-            args.trace.write_text(page_of(out.trace, title=prompt), encoding="utf-8")
+    settings = dict(max_new_tokens=args.max_new_tokens, do_sample=args.do_sample, tokenizer=ensemble.tokenizer)
+    return settings | sampling
 
 
 def _card(args: argparse.Namespace) -> None:
@@ -114,14 +193,6 @@ def _ensemble(args: argparse.Namespace) -> Ensemble:
         if is_model(model):
             model.to(args.device)
     return ensemble
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}.") from None
-    return (line for line in text.splitlines() if line.strip())
 
 
 if __name__ == "__main__":

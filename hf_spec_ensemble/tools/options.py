@@ -16,7 +16,7 @@ DESCRIPTION = """
 Ensembles from the command line.
 
     hf-spec-ensemble generate "Tom has 3 boxes with 12 pencils each. How many does he have?" --members reader solver
-    hf-spec-ensemble generate --ensemble FOLDER --prompts prompts.txt > texts.jsonl
+    hf-spec-ensemble generate --ensemble FOLDER --prompts prompts.jsonl --out texts.jsonl
     hf-spec-ensemble generate "Why is the sky blue?" --members ./base ./math --weights 0.6 0.4 --show
     hf-spec-ensemble bench --members ./base ./math --tasks gsm8k
     hf-spec-ensemble eval --model_args members=./base+./math --tasks arc_easy
@@ -76,7 +76,10 @@ def parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="decode prompts with an ensemble")
     generate.add_argument("prompt", nargs="*", help="what to ask")
-    generate.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one a line; - for standard input")
+    generate.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="more prompts, one a line or JSON lines with a field `prompt`; - for standard input",
+    )  # fmt: skip
     _add_models(generate, "or: an ensemble that was saved, a folder or a repository on the Hub")
     run = generate.add_argument_group("run")
     run.add_argument(
@@ -87,10 +90,18 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--top-p", type=float, help="with --do-sample: from the most probable tokens of this total")
     run.add_argument("--top-k", type=int, metavar="K", help="with --do-sample: from the K most probable tokens")
     run.add_argument("--seed", type=int, default=0, help="of samples (default: %(default)s)")
+    run.add_argument(
+        "--batch-size", type=int, default=8, metavar="N",
+        help="prompts that are decoded together; texts do not depend on it (default: %(default)s)",
+    )  # fmt: skip
     _add_device(run)
     out = generate.add_argument_group("output: the text as it comes, or for several prompts JSON lines")
+    out.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help="append JSON lines to it as texts are done; if run again, do the prompts that it does not have",
+    )  # fmt: skip
     out.add_argument("--show", action="store_true", help="colour the text, as it comes, by the member that proposed it")
-    out.add_argument("--stats", action="store_true", help="print what it took, too")
+    out.add_argument("--stats", action="store_true", help="print what it took, too (several prompts: one at a time)")
     out.add_argument("--trace", type=Path, metavar="FILE", help="write who proposed what, as an HTML page")
 
     for name, what in ELSEWHERE.items():
@@ -246,10 +257,16 @@ def _check_generate(args: argparse.Namespace) -> None:
     for option in ("trace", "show"):
         if getattr(args, option) and len(args.prompt) > 1:
             raise ValueError(f"--{option} shows one text, but there are {len(args.prompt)} prompts.")
-    if args.trace and args.trace.is_dir():
-        raise ValueError(f"--trace is a file to be written, but {str(args.trace)!r} is a folder.")
-    if args.trace and not args.trace.parent.is_dir():
-        raise ValueError(f"--trace: no such folder: {str(args.trace.parent)!r}.")
+        if getattr(args, option) and args.out:
+            raise ValueError(f"--{option} is of a text that is printed: leave out --out.")
+    for option in ("trace", "out"):
+        file = getattr(args, option)
+        if file and file.is_dir():
+            raise ValueError(f"--{option} is a file to be written, but {str(file)!r} is a folder.")
+        if file and not file.parent.is_dir():
+            raise ValueError(f"--{option}: no such folder: {str(file.parent)!r}.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be 1 or more, but is {args.batch_size}.")
     for name in ("temperature", "top_p", "top_k"):
         if getattr(args, name) is not None and not args.do_sample:
             raise ValueError(f"--{name.replace('_', '-')} needs --do-sample.")

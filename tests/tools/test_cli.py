@@ -49,6 +49,73 @@ def test_several_prompts_give_json_lines(capsys, tmp_path, monkeypatch):
     assert lines == [{"prompt": each, "text": text_of(each)} for each in (QUESTION, "Ann has 2 pens.")]
 
 
+def results(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_texts_are_appended_to_a_file_and_a_second_run_goes_on(capsys, tmp_path):
+    asked = [QUESTION, "Ann has 2 pens.", QUESTION, "A book costs 4 €.", "Hello"]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": each, "id": 7}) + "\n\n" for each in asked))
+    words = ["generate", "--prompts", str(prompts), *MEMBERS, "--do-sample", "--seed", "3", "--out", str(out)]
+    cli.main([*words, "--batch-size", "3"])
+    whole = results(out)
+    texts = {each["number"]: each["text"] for each in whole}
+    assert list(whole[0]) == ["number", "prompt", "text"] and sorted(texts) == [0, 1, 2, 3, 4]
+    assert all(asked[each["number"]] == each["prompt"] for each in whole)
+    assert texts[0] != texts[2], "samples of the same prompt in other places are the same"
+
+    kept = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(kept[3:]) + kept[0][:-9])  # as of a run that was stopped while it wrote
+    before = b"".join(kept[3:])
+    cli.main(words)
+    assert "2 of 5 prompts are in" in capsys.readouterr().err and out.read_bytes().startswith(before)
+    assert {each["number"]: each["text"] for each in results(out)} == texts and len(results(out)) == 5
+    cli.main([*words, "--members", "no/model", "is/loaded"])  # nothing is left to do
+    assert "5 of 5" in capsys.readouterr().err
+
+
+def test_what_cannot_share_a_batch_is_decoded_one_by_one(capsys, tmp_path):
+    out = tmp_path / "texts.jsonl"
+    reasons = {"--stats": "--stats are of", "--coupling maximal --do-sample": "with coupling maximal, samples depend"}
+    for more, reason in reasons.items():
+        cli.main(["generate", QUESTION, "Hello", *MEMBERS, *more.split(), "--out", str(out)])
+        assert f"one at a time: {reason}" in capsys.readouterr().err
+        first, second = results(out)
+        assert (first["number"], second["number"]) == (0, 1) and ("seconds" in first) == (more == "--stats")
+        assert more != "--stats" or first["text"] == text_of(QUESTION)
+        out.unlink()
+
+
+@pytest.mark.parametrize(
+    "prompts, out, message",
+    [
+        ('{"prompt": "a"}\n{"prompt": 3}\n', "", "--prompts: line 2 of FILE must be an object with a prompt"),
+        ('{"prompt": "a"}\nplain\n', "", "--prompts: line 2"),
+        ('{"text": "a"}\n', "", "--prompts: line 1"),
+        ("", "", "there is nothing to ask"),
+        (
+            '{"prompt": "a"}\n',
+            '{"number": 0, "prompt": "b", "text": ""}\n',
+            "results of other prompts: number 0 is 'b'",
+        ),
+        ('{"prompt": "a"}\n', '{"number": 1, "prompt": "a", "text": ""}\n', "results of other prompts: number 1"),
+        ('{"prompt": "a"}\n', "my notes\n", "the last line of OUT is no result"),
+        ('{"prompt": "a"}\n', "my notes\n\n", "line 1 of OUT is no result"),
+        ('{"prompt": "a"}\n', '{"prompt": "a"}\n', "line 1 of OUT is no result"),
+    ],
+)
+def test_files_are_read_before_models(capsys, tmp_path, monkeypatch, prompts, out, message):
+    monkeypatch.setattr(cli, "_ensemble", lambda args: pytest.fail("models are loaded"))
+    files = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    for file, text in zip(files, (prompts, out)):
+        file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "--prompts", str(files[0]), *MEMBERS, "--out", str(files[1])])
+    err = capsys.readouterr().err.replace(str(files[0]), "FILE").replace(str(files[1]), "OUT")
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1 and files[1].read_text() == out
+
+
 def test_a_card_is_written_with_its_folder_and_anew(capsys, tmp_path):
     folder = tmp_path / "both"
     with pytest.raises(SystemExit):
@@ -79,6 +146,10 @@ def test_a_card_is_written_with_its_folder_and_anew(capsys, tmp_path):
         (["generate", "Hello", *MEMBERS, "--drafter", "prompt-lookup"], "write prompt_lookup"),
         (["generate", "Hello", *MEMBERS, "--trace", "/no/such/dir"], "--trace: no such folder: '/no/such'"),
         (["generate", "Hello", *MEMBERS, "--trace", "/"], "--trace is a file to be written, but '/' is a folder"),
+        (["generate", "Hello", *MEMBERS, "--out", "/no/such/file"], "--out: no such folder: '/no/such'"),
+        (["generate", "Hello", *MEMBERS, "--out", "/"], "--out is a file to be written, but '/' is a folder"),
+        (["generate", "Hello", *MEMBERS, "--out", "x", "--show"], "--show is of a text that is printed"),
+        (["generate", "Hello", *MEMBERS, "--batch-size", "0"], "--batch-size must be 1 or more, but is 0"),
         (["generate", "--prompts", "/no/such/file", *MEMBERS], "--prompts: no such file"),
         (["generate", " ", *MEMBERS], "a prompt is empty"),
         (["generate", "Hello", "--ensemble", "./nowhere"], "--ensemble: no such folder: './nowhere'"),
