@@ -65,9 +65,9 @@ def test_texts_are_appended_to_a_file_and_a_second_run_goes_on(capsys, tmp_path)
     assert all(asked[each["number"]] == each["prompt"] for each in whole)
     assert texts[0] != texts[2], "samples of the same prompt in other places are the same"
 
-    kept = out.read_bytes().splitlines(keepends=True)
-    out.write_bytes(b"".join(kept[3:]) + kept[0][:-9])  # as of a run that was stopped while it wrote
-    before = b"".join(kept[3:])
+    lines = dict(zip((each["number"] for each in whole), out.read_bytes().splitlines(keepends=True)))
+    before = lines[3] + lines[0]
+    out.write_bytes(before + lines[1][:-9])  # as of a run that was stopped while it wrote
     cli.main(words)
     assert "2 of 5 prompts are in" in capsys.readouterr().err and out.read_bytes().startswith(before)
     assert {each["number"]: each["text"] for each in results(out)} == texts and len(results(out)) == 5
