@@ -15,6 +15,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from hf_spec_ensemble.tools.harness import SpecEnsembleLM, main
@@ -129,6 +130,51 @@ def test_tasks_are_scored(tasks, models, tokenizer):
         scores = [log_likelihood(models, tokenizer, "weighted", context, f" {choice}") for choice in choices]
         chosen.append(scores.index(max(scores)) == 0)
     assert results["results"]["chooses"]["acc,none"] == pytest.approx(sum(chosen) / len(chosen))
+
+
+QUESTIONS = [f"Question: {question}\nAnswer:" for question, _ in ROWS]
+
+
+def generations(contexts, **settings) -> list[Instance]:
+    return [Instance("generate_until", {}, (context, settings), i) for i, context in enumerate(contexts)]
+
+
+def test_texts_are_those_of_the_harness_for_any_batch_size(models, tokenizer, monkeypatch):
+    given = dict(members="reader+solver", dtype="float32", device="cpu", weights="0.7+0.3", max_length=48)
+    long = "Ann has 3 boxes. " * 12 + QUESTIONS[0]  # is cut on the left
+    asked = [
+        *generations([*QUESTIONS, long], until=["\n", " pens"], max_gen_toks=16),
+        *generations(QUESTIONS, until=" the", max_gen_toks=24, do_sample=False),
+        *generations(["Tom has 9 pens and", "Sums: 1 +"], until=["  "], max_gen_toks=8, repetition_penalty=1.3),
+        *generations(["A list:\n"], until=["\n\n"], max_gen_toks=8),  # whose stop string begins in the context
+    ]
+    lms = [SpecEnsembleLM(**given, batch_size=size) for size in (1, 2)]
+    inherited = HFLM.generate_until(lms[0], asked, disable_tqdm=True)
+    calls, kept = [], []
+    plain = HFLM.generate_until
+    monkeypatch.setattr(HFLM, "generate_until", lambda lm, some, *rest: calls.append(some) or plain(lm, some, *rest))
+    monkeypatch.setattr(lms[1].cache_hook, "add_partial", lambda *call: kept.append(call))
+    assert lms[0].generate_until(asked, disable_tqdm=True) == inherited
+    assert lms[1].generate_until(asked, disable_tqdm=True) == inherited
+    assert calls == [asked[-1:]] * 2
+    assert {(repr(args), text) for _, args, text in kept} == {
+        (repr(request.args), text) for request, text in zip(asked, inherited)
+    }
+    ids = tokenizer(QUESTIONS[1], return_tensors="pt")
+    config = se.EnsembleConfig(weights=[0.7, 0.3])
+    out = models[0].generate(
+        **ids, assistant_model=models[1], ensemble_config=config, max_new_tokens=24, do_sample=False
+    )  # fmt: skip
+    assert inherited[5] == tokenizer.decode(out[0, ids["input_ids"].shape[1] :]).split(" the")[0]
+
+
+def test_samples_of_the_same_context_are_its_places(models):
+    lms = [SpecEnsembleLM(members="reader+solver", dtype="float32", device="cpu", batch_size=n) for n in (1, 3)]
+    asked, texts = generations([QUESTIONS[0]] * 4, until=["\n"], max_gen_toks=12, do_sample=True, temperature=1.0), []
+    for lm in lms:
+        torch.manual_seed(3)
+        texts.append(lm.generate_until(asked, disable_tqdm=True))
+    assert texts[0] == texts[1] and len(set(texts[0])) > 2
 
 
 def test_a_saved_ensemble_from_the_command_line(tasks, tmp_path, capsys, monkeypatch):
