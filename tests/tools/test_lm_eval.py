@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from hf_spec_ensemble.tools import harness
 from hf_spec_ensemble.tools.harness import SpecEnsembleLM, main
 
 
@@ -150,11 +151,19 @@ def test_texts_are_those_of_the_harness_for_any_batch_size(models, tokenizer, mo
     ]
     lms = [SpecEnsembleLM(**given, batch_size=size) for size in (1, 2)]
     inherited = HFLM.generate_until(lms[0], asked, disable_tqdm=True)
-    calls, kept = [], []
+    calls, kept, lengths = [], [], []
     plain = HFLM.generate_until
     monkeypatch.setattr(HFLM, "generate_until", lambda lm, some, *rest: calls.append(some) or plain(lm, some, *rest))
     monkeypatch.setattr(lms[1].cache_hook, "add_partial", lambda *call: kept.append(call))
+
+    def completed(*args, **kwargs):
+        for result in se.generate_as_completed(*args, **kwargs):
+            lengths.append(len(result.generated_tokens))
+            yield result
+
+    monkeypatch.setattr(harness, "generate_as_completed", completed)
     assert lms[0].generate_until(asked, disable_tqdm=True) == inherited
+    assert min(lengths) < 8, "stop strings end no text"
     assert lms[1].generate_until(asked, disable_tqdm=True) == inherited
     assert calls == [asked[-1:]] * 2
     assert {(repr(args), text) for _, args, text in kept} == {
