@@ -267,6 +267,23 @@ def test_auto_goes_by_what_passes_cost(name, draws, together, shares):
     assert out.stats.shared == ([[0, 1]] if shares else [])
 
 
+@pytest.mark.parametrize("new_tokens,shares", [(3, False), (60, True)])
+def test_padding_of_a_short_prompt_is_counted(new_tokens, shares):
+    """Together, two tokens are read as sixty are; apart, every new token takes two passes."""
+    model = copy.deepcopy(tiny("llama", seed=1))
+    for count in (1, 2):
+        for width in (1, 2, 4, 8, 16):
+            for _ in range(9):
+                pass_costs(model).add(count, width, 0.5 + 0.05 * count * width)
+    inputs, short = prompts(1, length=60), torch.tensor([[5, 6]])
+    config = se.EnsembleConfig(method="product", weights=[1.5, -0.5])
+    out = model.generate(
+        **inputs, assistant_model=se.with_prompt(model, input_ids=short), ensemble_config=config, drafter=None,
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=[10_000], return_dict_in_generate=True,
+    )  # fmt: skip
+    assert out.stats.shared == ([[0, 1]] if shares else [])
+
+
 def test_costs_are_measured_before_the_first_decision_alone():
     model, own, shapes = copy.deepcopy(tiny("llama", seed=1)), own_prompts(1, 3), []
     hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))

@@ -81,6 +81,8 @@ class Gumbel:
         places = (self.keys(len(like)) << 32) + position
         noise, missing = torch.empty_like(like), np.ones(len(places), bool)
         for kept, values in reversed(self._kept):
+            if (values.dtype, values.device) != (like.dtype, like.device):
+                continue  # what is drawn with must depend on neither who proposed before, nor in which precision
             index = np.minimum(np.searchsorted(kept, places), len(kept) - 1)
             there = missing & (kept[index] == places)
             if there.all() and (index == np.arange(len(kept))).all():

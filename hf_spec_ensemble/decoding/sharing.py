@@ -101,7 +101,10 @@ def _warn_of_others(members: Sequence[Member], readers: Readers) -> None:
 
 
 def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
-    """What is expected for a token of each row. Who drafts at an unknown cost is taken to be idle."""
+    """
+    What is expected of prompts and of as many new tokens as there may be. Who drafts at an unknown cost is taken to be
+    idle.
+    """
     config, batch, seats = roles.config(call.config), len(call.input_ids), roles.sharing(readers.groups)
     lengths, may_propose = seats.lengths(config), seats.may_propose(config)
     at_once = len(readers.all) if len(readers.all) < len(seats.order) else None
@@ -116,7 +119,8 @@ def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
     if config.is_mixture and not call.shows_scores:
         rule = ENOUGH if not call.generation_config.do_sample else OWNER if config.coupling == "ancestral" else ALL
     ones = tuple(int(may) for may in may_propose) if lengths is None else lengths
-    return seconds_per_token(
+    prompts = sum(_cost(readers, i, batch, one.prompt_length) for i, one in enumerate(readers.all[: seats.members]))
+    return prompts + call.max_new_tokens * seconds_per_token(
         Turns(ones, seats.first, seats.members, at_once),
         may_propose if lengths is None else None,
         [Acceptance().mean] * len(seats.order),

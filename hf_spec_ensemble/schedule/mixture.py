@@ -8,6 +8,8 @@ from .theory import LENGTHS, LOOKUP_LENGTHS, Cost, Prediction
 from .turns import Situation, Turns
 
 
+MOST_SKIPPED = 32  # cycles that a member is taken to leave out at most
+
 # Share of greedy tokens that members with more than half of a mixture's weight settle, as measured on real models
 SETTLED = 0.77
 
@@ -19,7 +21,7 @@ def predict_mixture(
     Expected speed where only a position's owner has to score it. With length L, the author of the longest proposals
     drafts L tokens, each kept with probability a; then the owners of these positions run, each once, until one token is
     replaced or, behind the drafts, drawn: T tokens, P(T >= t) = a^(t-1) for t <= L + 1. Member i owns one of the first
-    t positions with probability 1 - (1 - w_i)^t. What it has not read when it runs grows by T a cycle.
+    t positions with probability 1 - (1 - w_i)^t. What it has to read grows by E[T] for each cycle that it leaves out.
 
     Of B rows each member serves those that it owns at once. Here all that own a row's next position run before any row
     goes on; in fact rows go on by themselves, which in large batches takes down to 0.6 of this.
@@ -60,11 +62,17 @@ def predict_mixture(
             own = sum(p * (1 - (1 - weight) ** (t + 1)) for t, p in enumerate(exactly))
         own = 1 - (1 - own) ** batch
         if own > 0:
-            width = (1 / own - 1) * tokens + length + 1 if member != proposer else length + 1
             runs[member] += own
-            seconds += own * cost(member, max(round(width), 1))
+            grows = 0.0 if length and member == proposer else tokens
+            seconds += own * sum(p * cost(member, round(length + 1 + k * grows)) for k, p in _skipped(own))
     standard = sum(cost(member, 1) for member in range(turns.members))
     return Prediction(seconds / tokens, tuple(each / tokens for each in runs), standard * tokens / seconds)
+
+
+def _skipped(chance: float) -> list[tuple[int, float]]:
+    """How many cycles a member that runs in a cycle with this chance has left out before, with probabilities."""
+    shares = [(1 - chance) ** k for k in range(MOST_SKIPPED)]
+    return [(k, share / sum(shares)) for k, share in enumerate(shares)]
 
 
 @dataclass(frozen=True)
