@@ -165,7 +165,7 @@ def test_end_of_sequence_as_first_token():
     out = generate(models, inputs, config, do_sample=False, eos_token_id=first)
     assert out.sequences[0, PROMPT:].tolist() == [first]
     assert out.stats.forward_passes[0] == 1
-    config = oracle.config_of("weighted", 2, num_assistant_tokens=5)
+    config = oracle.config_of("weighted", 2, num_assistant_tokens=5, share_passes=False)
     twice = [models[0], models[0]]  # both see the end at once: nothing is proposed behind it
     first = oracle.greedy(twice, inputs, "weighted", 1)[0][0, -1].item()
     stats = generate(twice, inputs, config, do_sample=False, eos_token_id=first).stats

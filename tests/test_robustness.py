@@ -303,7 +303,8 @@ def assert_sound(models, name, draw, same_as_standard=True, **kwargs):
     arguments |= sampling | kwargs
     outputs = []
     for speculative in (True, False):
-        config = oracle.config_of(name, 2, num_assistant_tokens=3, coupling=coupling, speculative=speculative)
+        config = oracle.config_of(name, 2, num_assistant_tokens=3, coupling=coupling, speculative=speculative,
+                                  share_passes=False)  # fmt: skip
         torch.manual_seed(0)
         outputs.append(out := generate(models, prompts(2), config, **arguments))
         assert out.sequences.shape[1] == PROMPT + 8

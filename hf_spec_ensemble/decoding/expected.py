@@ -65,7 +65,8 @@ def _expected(
         if isinstance(candidates_of.settling, (All, OwnerAmongAll)):
             return predict(turns, acceptance, cost)
     some = [max(round(length * min(ROW_TOKENS / sum(lengths), 1)), 1) for length in lengths]
-    runs = [simulate(turns, acceptance, cost, some, rule, coverage, seed) for seed in range(ROW_TOKENS // sum(some))]
+    times = max(ROW_TOKENS // sum(some), 1)
+    runs = [simulate(turns, acceptance, cost, some, rule, coverage, seed) for seed in range(times)]
     mean = sum(run.seconds_per_token for run in runs) / len(runs)
     standard = runs[0].speedup * runs[0].seconds_per_token
     return Prediction(mean, runs[0].runs_per_token, standard / mean)

@@ -288,9 +288,9 @@ def test_other_kinds_of_adapters(kind):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("speculative", BOTH)
 def test_an_interruption_restores_the_adapters(speculative, error, source):
-    model = adapted("native")
+    model, switched = adapted("native"), dict(num_assistant_tokens=2, share_passes=False)
     views = [se.with_adapter(model, name) for name in ("code", None)]
-    before, text = state(model), generate(model, views, speculative=speculative)
+    before, text = state(model), generate(model, views, speculative=speculative, config=switched)
     passes = []
 
     def fail(*_):
@@ -312,12 +312,13 @@ def test_an_interruption_restores_the_adapters(speculative, error, source):
         hook = tuner_layers(model)[1].register_forward_hook(lambda *_: passes.append(True))
         extra = dict(streamer=Failing())
     with pytest.raises(error, match=f"from the {source}"):
-        generate(model, views, speculative=speculative, **extra)
+        generate(model, views, speculative=speculative, config=switched, **extra)
     hook.remove()
     assert state(model) == before
     in_another_thread = []
     thread = threading.Thread(
-        target=lambda: in_another_thread.append(generate(model, views, speculative=speculative)), daemon=True
+        target=lambda: in_another_thread.append(generate(model, views, speculative=speculative, config=switched)),
+        daemon=True,
     )
     thread.start()
     thread.join(60)
