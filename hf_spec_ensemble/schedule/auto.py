@@ -21,6 +21,8 @@ CHANGED = 0.03  # difference of an acceptance, or relative one of a cost, that c
 WORTHWHILE = 0.02  # share of speed that other lengths, and tokens that another run of the same author, must bring
 PLANNING_SHARE = 0.01  # of the time inside passes that may be spent on planning
 WIDEST = 64  # tokens in a pass; what more would cost is not told apart
+BATCH_GAIN = 0.05  # that speculation in a batch must promise: about what its prediction is wrong by
+SOONER = 4  # times sooner than a single row's a batch's first plan is made at most: its rows give evidence together
 PROBING_SHARE = 0.02  # of the time inside passes that may be spent on passes wider than needed, to measure these
 SIMULATED = (16, 48)  # rows and tokens at most that are simulated for a plan for a batch
 
@@ -197,7 +199,8 @@ class Auto(Schedule):
             acceptance.fade(tokens)
         memory = self.memory
         memory.pace.advanced(tokens, self._standard_seconds())
-        if memory.passes >= memory.interval and memory.planning_seconds <= PLANNING_SHARE * memory.seconds:
+        enough = memory.interval if memory.plan else memory.interval // min(self.batch, SOONER)
+        if memory.passes >= enough and memory.planning_seconds <= PLANNING_SHARE * memory.seconds:
             self._plan()
 
     def _standard_seconds(self) -> float | None:
@@ -243,7 +246,7 @@ class Auto(Schedule):
             return prediction, False
         rows, tokens = SIMULATED
         prediction = simulate(turns, acceptance, cost, [tokens] * min(self.batch, rows), self.rule())
-        return prediction, prediction.speedup < 1 + WORTHWHILE
+        return prediction, prediction.speedup < 1 + BATCH_GAIN
 
     def _takes_measure(self) -> bool:
         """Whether members should now read single tokens, as in the standard ensemble, to find what that costs."""

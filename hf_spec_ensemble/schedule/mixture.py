@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .auto import WORTHWHILE, Auto, looked_up
+from .auto import ENOUGH_EVIDENCE, WORTHWHILE, Auto, looked_up
 from .theory import LENGTHS, LOOKUP_LENGTHS, Cost, Prediction
 from .turns import Situation, Turns
 
 
+DRAFT_GAIN = 0.1  # share of time that a draft must promise to save: samples follow a draft less than it hopes
 MOST_SKIPPED = 32  # cycles that a member is taken to leave out at most
 
 # Share of greedy tokens that members with more than half of a mixture's weight settle, as measured on real models
@@ -166,6 +167,8 @@ class AutoMixture(Auto):
             return 1
         if plan is None or self._pauses:
             return 0
+        if self.memory.acceptance[author].evidence < ENOUGH_EVIDENCE:
+            return 0  # it is watched meanwhile
         sure = [self.memory.acceptance[author].chance(own) for own in confidence if own is not None]
         return self._best_length(plan, round(sum(sure) / len(sure), 2))
 
@@ -211,5 +214,6 @@ class AutoMixture(Auto):
             return self._plan_of(self._drafting(author, length), acceptance, plan.costs).prediction.seconds_per_token
 
         if chance not in plan.known:
-            plan.known[chance] = min(LOOKUP_LENGTHS, key=seconds)
+            best = min(LOOKUP_LENGTHS, key=seconds)
+            plan.known[chance] = best if seconds(best) < (1 - DRAFT_GAIN) * seconds(0) else 0
         return plan.known[chance]
