@@ -119,7 +119,7 @@ def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
     if config.is_mixture and not call.shows_scores:
         rule = ENOUGH if not call.generation_config.do_sample else OWNER if config.coupling == "ancestral" else ALL
     ones = tuple(int(may) for may in may_propose) if lengths is None else lengths
-    prompts = sum(_cost(readers, i, batch, one.prompt_length) for i, one in enumerate(readers.all[: seats.members]))
+    prompts = sum(cost(i, one.prompt_length) for i, one in enumerate(readers.all[: seats.members]))
     return prompts + call.max_new_tokens * seconds_per_token(
         Turns(ones, seats.first, seats.members, at_once),
         may_propose if lengths is None else None,
