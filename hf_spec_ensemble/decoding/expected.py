@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 from ..schedule.mixture import predict_mixture
-from ..schedule.simulation import OwnerSettles, simulate
-from ..schedule.theory import Cost, Prediction, predict
+from ..schedule.simulation import AllSettle, OwnerSettles, simulate
+from ..schedule.theory import Cost, predict
 from ..schedule.turns import Turns
 from .authors import GeneratorAuthor
 from .candidates import EnsembleCandidateGenerator
-from .settling import All, OwnerAmongAll
 from .sharing import Readers
 
 
@@ -38,35 +37,33 @@ def expected_speedup(
     if None in one_by_one or any(author.costs.measured(batch, 1) is None for author in needed):
         return None
     acceptance = [author.accepted / author.verified if author.verified else 0.0 for author in authors]
-    expected = _expected(candidates_of, readers, turns, acceptance, cost, lengths)
+    expected = _seconds_per_token(candidates_of, readers, turns, acceptance, cost, lengths)
     patient = candidates_of.patient_share
     in_order = sum(cost(i, 1) for i in range(turns.members))
-    speculative = (1 - patient) * expected.seconds_per_token + patient * in_order
+    speculative = (1 - patient) * expected + patient * in_order
     standard = sum(one_by_one)  # each member by itself, also where they shared passes
     prompt, steps = sum(author.prompt_seconds for author in authors), max(lengths)
     return (prompt + steps * standard) / (prompt + steps * speculative)
 
 
-def _expected(
+def _seconds_per_token(
     candidates_of: EnsembleCandidateGenerator,
     readers: Readers,
     turns: Turns,
     acceptance: list[float],
     cost: Cost,
     lengths: Sequence[int],
-) -> Prediction:
+) -> float:
     """A formula's where there is one, else a simulation's."""
     drafter = candidates_of.authors[-1]
     coverage = drafter.coverage if isinstance(drafter, GeneratorAuthor) and turns.lengths[drafter.index] else 1.0
     rule = candidates_of.settling.rule(readers.groups)
     if len(lengths) == 1 and coverage == 1:
         if isinstance(rule, OwnerSettles):
-            return predict_mixture(turns, rule.weights, acceptance, cost)
-        if isinstance(candidates_of.settling, (All, OwnerAmongAll)):
-            return predict(turns, acceptance, cost)
+            return predict_mixture(turns, rule.weights, acceptance, cost).seconds_per_token
+        if isinstance(rule, AllSettle):
+            return predict(turns, acceptance, cost).seconds_per_token
     some = [max(round(length * min(ROW_TOKENS / sum(lengths), 1)), 1) for length in lengths]
     times = max(ROW_TOKENS // sum(some), 1)
     runs = [simulate(turns, acceptance, cost, some, rule, coverage, seed) for seed in range(times)]
-    mean = sum(run.seconds_per_token for run in runs) / len(runs)
-    standard = runs[0].speedup * runs[0].seconds_per_token
-    return Prediction(mean, runs[0].runs_per_token, standard / mean)
+    return sum(run.seconds_per_token for run in runs) / len(runs)

@@ -1,10 +1,9 @@
 """How fast an ensemble could be on this machine: the best that costs and acceptance allow. Pure functions."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
-from .mixture import predict_mixture
-from .theory import LENGTHS, LOOKUP_LENGTHS, Cost, Prediction, best_turns
+from .mixture import predict_mixture, with_drafts
+from .theory import Cost, Prediction, best_turns
 from .turns import Turns
 
 
@@ -64,24 +63,14 @@ def limit(
         nothing = Turns((0,) * len(acceptance), 0, members, at_once)
         if weights is None:
             return best_turns(nothing, acceptance, cost, may, gain=0.0)[1]
-        return _best_mixture(nothing, may, lambda turns: predict_mixture(turns, weights, acceptance, cost))
+        options = (predict_mixture(turns, weights, acceptance, cost) for turns in with_drafts(nothing, may))
+        return min(options, key=lambda prediction: prediction.seconds_per_token)
 
     always = best(may_propose)
     if at_once is None:
         return always
     never = best([may and author != at_once for author, may in enumerate(may_propose)])
     return _in_turns(always, never, drafted)
-
-
-def _best_mixture(nothing: Turns, may_propose: Sequence[bool], predicted: Callable[[Turns], Prediction]) -> Prediction:
-    """The best of all ways in which one author drafts for the owners, or none does."""
-    options = [nothing]
-    for author, may in enumerate(may_propose):
-        lengths = LOOKUP_LENGTHS if author == nothing.at_once else LENGTHS[2:]
-        for length in lengths if may else ():
-            each = (*nothing.lengths[:author], length, *nothing.lengths[author + 1 :])
-            options.append(replace(nothing, lengths=each))
-    return min(map(predicted, options), key=lambda prediction: prediction.seconds_per_token)
 
 
 def _in_turns(one: Prediction, other: Prediction, share: float) -> Prediction:

@@ -130,6 +130,21 @@ def predict_leaders(weights: Sequence[float], cost: Cost, settled: float = SETTL
     return Prediction(seconds, tuple(runs), standard / seconds)
 
 
+def drafting(turns: Turns, author: int, length: int) -> Turns:
+    """These turns, but that an author drafts so many tokens."""
+    return replace(turns, lengths=(*turns.lengths[:author], length, *turns.lengths[author + 1 :]))
+
+
+def with_drafts(turns: Turns, may_draft: Sequence[bool]) -> list[Turns]:
+    """These turns, then those in which one author that may (`[A]`) drafts for the owners, by all lengths to try."""
+    return [turns] + [
+        drafting(turns, author, length)
+        for author, may in enumerate(may_draft)
+        for length in (LOOKUP_LENGTHS if author == turns.at_once else LENGTHS[2:])
+        if may
+    ]
+
+
 @dataclass
 class MixturePlan:
     """Who drafts, how much, and what that is worth."""
@@ -186,14 +201,12 @@ class AutoMixture(Auto):
         return all(costs.measured(self.batch, 1) is not None for costs in self.costs[: self.members])
 
     def _best_plan(self, tables, acceptance) -> MixturePlan:
-        best = self._plan_of(self._start, acceptance, tables)
-        for author, costs in enumerate(self.costs):
-            if not self.may_propose[author] or costs.measured(self.batch, 1) is None:
-                continue
-            for length in LOOKUP_LENGTHS if author == self._start.at_once else LENGTHS[2:]:
-                plan = self._plan_of(self._drafting(author, length), acceptance, tables)
-                if plan.prediction.seconds_per_token < (1 - WORTHWHILE) * best.prediction.seconds_per_token:
-                    best = plan
+        known = [costs.measured(self.batch, 1) is not None for costs in self.costs]
+        may_draft = [may and is_known for may, is_known in zip(self.may_propose, known)]
+        best, *others = (self._plan_of(turns, acceptance, tables) for turns in with_drafts(self._start, may_draft))
+        for plan in others:
+            if plan.prediction.seconds_per_token < (1 - WORTHWHILE) * best.prediction.seconds_per_token:
+                best = plan
         best.prediction, best.patient = self._in_batch(best.turns, best.prediction, acceptance, looked_up(tables))
         return best
 
@@ -201,17 +214,15 @@ class AutoMixture(Auto):
         prediction = predict_mixture(turns, self.weights, acceptance, looked_up(tables))
         return MixturePlan(turns, prediction, acceptance, tables)
 
-    def _drafting(self, author: int, length: int) -> Turns:
-        """The turns in which an author drafts so many tokens."""
-        return replace(self._start, lengths=tuple(length if i == author else n for i, n in enumerate(self._ones)))
-
     def _best_length(self, plan: MixturePlan, chance: float) -> int:
         """How many tokens to draft at once, each kept with this chance."""
         author = self._start.at_once
 
         def seconds(length: int) -> float:
             acceptance = [chance if i == author else own for i, own in enumerate(plan.acceptance)]
-            return self._plan_of(self._drafting(author, length), acceptance, plan.costs).prediction.seconds_per_token
+            return self._plan_of(
+                drafting(self._start, author, length), acceptance, plan.costs
+            ).prediction.seconds_per_token
 
         if chance not in plan.known:
             best = min(LOOKUP_LENGTHS, key=seconds)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .mixture import predict_leaders, predict_mixture
-from .theory import LENGTHS, LOOKUP_LENGTHS, Cost, best_turns, predict
+from .mixture import predict_leaders, predict_mixture, with_drafts
+from .theory import Cost, best_turns, predict
 from .turns import Turns
 
 
@@ -46,7 +46,10 @@ def seconds_per_token(
     1.6
     """
     if rule == OWNER:
-        options = [turns] if may_propose is None else _drafting(turns, may_propose)
+        options = [turns]
+        if may_propose is not None:
+            nobody = tuple(int(may and i < turns.members) for i, may in enumerate(may_propose))
+            options = with_drafts(replace(turns, lengths=nobody), may_propose)
         return min(predict_mixture(one, weights, acceptance, cost, batch).seconds_per_token for one in options)
     if may_propose is None:
         seconds = predict(turns, acceptance, cost).seconds_per_token
@@ -55,14 +58,3 @@ def seconds_per_token(
     if rule == ENOUGH:
         seconds = min(seconds, predict_leaders(weights, cost).seconds_per_token)
     return seconds
-
-
-def _drafting(turns: Turns, may_propose: Sequence[bool]) -> list[Turns]:
-    """Without drafts, and with one author that drafts so many tokens."""
-    nobody = tuple(int(may and i < turns.members) for i, may in enumerate(may_propose))
-    options = [replace(turns, lengths=nobody)]
-    for author, may in enumerate(may_propose):
-        if may:
-            lengths = LOOKUP_LENGTHS if author == turns.at_once else LENGTHS[2:]
-            options += [replace(turns, lengths=(*nobody[:author], n, *nobody[author + 1 :])) for n in lengths]
-    return options

@@ -151,11 +151,9 @@ def simulate(
         gained = [_settle(row, rule, acceptance, rng) for row in rows if row.active]  # of all, so no generator
         if any(gained):
             continue
-        situation = _situation(rows, current, turn, turns, rule, rng)
         if current is not None:
-            _propose(rows, current, turns, situation, coverage, rng)
-            situation = _situation(rows, current, turn, turns, rule, rng)
-        current, turn = turns.next(situation)
+            _propose(rows, current, turn, turns, coverage, rng)
+        current, turn = turns.next(_situation(rows, current, turn, turns, rule, rng))
         seconds += cost(current, _read(rows, current, turns, rule, rng))
         runs[current] += 1
     steps = max(lengths)
@@ -198,8 +196,8 @@ def _unread(row: Row, author: int, turns: Turns) -> int:
     return max(row.total - row.seen[author] - (row.total >= row.length), 0)
 
 
-def _propose(rows: list[Row], author: int, turns: Turns, situation: Situation, coverage: float, rng: Random) -> None:
-    length = turns.proposes(situation, [1.0] * len(rows))
+def _propose(rows: list[Row], author: int, turn: int, turns: Turns, coverage: float, rng: Random) -> None:
+    length = turns.proposes(Situation(author, turn, lag=[]), [1.0] * len(rows))  # of who runs, whatever the lags
     for row in rows:
         room = row.length - row.total
         if not row.open:
