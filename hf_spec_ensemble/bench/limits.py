@@ -2,12 +2,14 @@
 
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from ..config import EnsembleConfig
 from ..members.costs import PassCosts
 from ..schedule.limit import limit
 from ..schedule.roles import Roles
+from ..schedule.simulation import AllSettle, EnoughSettle, OwnerSettles
 from .curves import curve_key
 from .plan import Condition
 from .records import Record, Records
@@ -76,17 +78,38 @@ def _seconds_per_token(variant: Variant, condition: Condition, curves: Sequence[
         tables.append([taken[at_once] / max(passes[at_once], 1)] * (WIDEST + 1))
     tables = [tables[i] for i in roles.order]
     tried = [verified[i] for i in roles.order]
-    drawn_by_owner = condition.temperature > 0 and config.coupling == "ancestral"
-    best = limit(
-        acceptance=[accepted[i] / verified[i] if verified[i] else 0.0 for i in roles.order],
-        cost=lambda author, width: tables[author][min(width, WIDEST)],
-        members=roles.members,
-        may_propose=[may and bool(count) for may, count in zip(roles.may_propose(config), tried)],
-        at_once=at_once,
-        drafted=1.0 if at_once is None else min(verified[at_once] / sum(run["new_tokens"] for run in runs), 1.0),
-        weights=roles.config(config).weights if drawn_by_owner else None,
-    )
-    return best.seconds_per_token
+    best = [
+        limit(
+            acceptance=[accepted[i] / verified[i] if verified[i] else 0.0 for i in roles.order],
+            cost=lambda author, width: tables[author][min(width, WIDEST)],
+            rule=_rule(roles.config(config), roles.members, condition, runs),
+            may_propose=[may and bool(count) for may, count in zip(roles.may_propose(config), tried)],
+            at_once=at_once,
+            drafted=1.0 if at_once is None else min(verified[at_once] / sum(run["new_tokens"] for run in runs), 1.0),
+            lengths=lengths,
+        ).seconds_per_token
+        for lengths in _row_lengths(condition, runs)
+    ]
+    return statistics.mean(best)
+
+
+def _rule(config: EnsembleConfig, members: int, condition: Condition, runs: Sequence[Record]):
+    """What settles a token."""
+    if condition.temperature > 0:
+        return OwnerSettles(config.weights) if config.coupling == "ancestral" else AllSettle(members)
+    early = [run["settled_early"] for run in runs if run.get("settled_early") is not None]
+    if not early:
+        return AllSettle(members)
+    some = product((False, True), repeat=members)
+    heavy = [have for have in some if sum(w for w, has in zip(config.weights, have) if has) > 0.5]
+    return EnoughSettle(config.weights, dict.fromkeys(heavy, statistics.mean(early)))
+
+
+def _row_lengths(condition: Condition, runs: Sequence[Record]) -> list[list[int]]:
+    """Tokens of each row: of every batch, and one row's for all runs."""
+    if condition.batch_size > 1:
+        return [list(map(len, run["tokens"])) for run in runs]
+    return [[round(statistics.mean(len(tokens) for run in runs for tokens in run["tokens"]))]]
 
 
 def _table(curve: Record) -> list[float]:

@@ -207,6 +207,7 @@ class Bench:
             "verified": stats.verified,
             "accepted": stats.accepted,
             "predicted_speedup": stats.predicted_speedup,
+            "settled_early": stats.settled_early,
         }
 
     def _scores(self, condition: Condition, group: Group, texts: Sequence[str]) -> list[float] | None:

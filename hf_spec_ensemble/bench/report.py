@@ -19,10 +19,10 @@ TITLES = {
 }  # fmt: skip
 
 LIMIT = (
-    "Limit: the speed-up that the best proposal lengths would have by the theory, for what passes cost here and the "
-    "acceptance in this run, with no time outside the passes. Reached: the share of it. It is computed for one row, so "
-    "that it is an upper bound for batches. It is too high where an author proposes only what it is sure of, and too "
-    "low for greedy mixtures, where a token may be settled before all members have scored it."
+    "Limit: the speed-up that the best proposal lengths would have, for what passes cost here and the acceptance in "
+    "this run, with no time outside the passes. Reached: the share of it. It is the theory's for one row, and the best "
+    "of many simulated schedules for batches and for greedy mixtures that some members settle. It is too high where an "
+    "author proposes only what it is sure of."
 )
 CURVES = (
     "Milliseconds of a forward pass over so many tokens in each row, medians, in the middle of a text; in brackets, "

@@ -36,6 +36,8 @@ class EnsembleStats:
             included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
             proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch
             takes as long as its slowest row, which is not foreseen.
+        settled_early (`float`, *optional*): Of a greedy mixture: how often members with more than half of the weight
+            settled a token, asked before the others had scored it; `None` where none were.
         row_tokens (`list[int]`): Tokens generated, by row.
         authors (`list[str]`): What members and drafter are called.
 
@@ -65,6 +67,7 @@ class EnsembleStats:
     shared: list[list[int]] = field(default_factory=list)
     prompt_tokens_saved: int = 0
     predicted_speedup: float | None = None
+    settled_early: float | None = None
     row_tokens: list[int] = field(default_factory=list)
     authors: list[str] = field(default_factory=list)
 

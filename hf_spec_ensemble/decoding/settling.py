@@ -153,6 +153,18 @@ class Enough:
         chances = {have: (hits + 1) / (n + 2) for have, (n, hits) in self._counts.items()}
         return EnoughSettle(weights, {tuple(have[group[0]] for group in groups): p for have, p in chances.items()})
 
+    @property
+    def early(self) -> float | None:
+        """How often members with more than half of the weight were enough, while others had not scored; `None` if there
+        were none."""
+        heavy = [
+            counts
+            for have, counts in self._counts.items()
+            if sum(weight for weight, has in zip(self.weights, have) if has) > 0.5
+        ]
+        tried = sum(n for n, _ in heavy)
+        return sum(hits for _, hits in heavy) / tried if tried else None
+
     def blamed(self, members, row):
         peaks = [float(one.peaks.at(row, 0)) if one.evidence.count(row) else 0.0 for one in members]
         return peaks, []

@@ -270,6 +270,7 @@ def _report(
         shared=[sorted(roles.order[i] for i in group) for group in readers.groups if len(group) > 1],
         prompt_tokens_saved=sum(reader.saved for reader in readers.all if isinstance(reader, SharedMember)),
         predicted_speedup=expected_speedup(candidates_of, readers, transcript.lengths.tolist()),
+        settled_early=candidates_of.settling.early if isinstance(candidates_of.settling, Enough) else None,
         row_tokens=transcript.lengths.tolist(),
         authors=call.names,
     )

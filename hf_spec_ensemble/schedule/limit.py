@@ -1,76 +1,109 @@
 """How fast an ensemble could be on this machine: the best that costs and acceptance allow. Pure functions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .mixture import predict_mixture, with_drafts
-from .theory import Cost, Prediction, best_turns
+from .mixture import drafting, predict_mixture, with_drafts
+from .simulation import AllSettle, EnoughSettle, OwnerSettles, simulate
+from .theory import LENGTHS, LOOKUP_LENGTHS, Cost, Prediction, best_turns
 from .turns import Turns
 
 
 def limit(
     acceptance: Sequence[float],
     cost: Cost,
-    members: int,
+    rule: AllSettle | OwnerSettles | EnoughSettle,
     may_propose: Sequence[bool],
     at_once: int | None = None,
     drafted: float = 1.0,
-    weights: Sequence[float] | None = None,
+    lengths: Sequence[int] = (1,),
 ) -> Prediction:
     """
     The speed of the best proposal lengths for these costs and this acceptance, with no time outside the passes.
 
-    It is the limit of the theory in `schedule.theory`, or for mixtures drawn by their components of the one in
-    `schedule.mixture`, and these are what it is not:
+    For one row it is the limit of the theory in `schedule.theory`, or for mixtures drawn by their components of the one
+    in `schedule.mixture`. For the rows of a batch, and for greedy mixtures that some members settle, there are no
+    formulas: then it is the best of a few dozen fixed schedules, the standard ensemble among them, each followed by
+    `schedule.simulation`. What it is not:
 
     - Acceptance is one number for each author, the same at every position. A schedule that proposes only where an
-      author is sure has measured a higher one than the author has elsewhere, and then the limit is too high.
-    - All members score every token, unless there are `weights`. A greedy mixture that is settled by some of them can be
-      faster than the limit.
-    - A pass of an owner costs what one of average width does. Where c(w) rises in a step, the average over widths is
-      less, and the limit is too low.
-    - It is for one row. With the costs of a batch it is an upper bound: rows advance separately, and a pass serves only
-      those that wait for it.
+      author is sure has measured a higher one than the author has elsewhere, and then the limit is too high; and one
+      that knows where to propose can be faster than all fixed schedules.
+    - In the formula for mixtures a pass of an owner costs what one of average width does. Where c(w) rises in a step,
+      the average over widths is less, and the limit is too low.
     - Passes that read late tokens without giving logits cost less than `cost` says.
 
     A drafter whose proposals come all at once has something to say only in places. `drafted` is the share of tokens
-    that stood where it had proposed one. These cost what tokens do if it always drafts, the others what they do
-    without it.
+    that stood where it had proposed one. In the formulas these cost what tokens do if it always drafts, the others what
+    they do without it.
 
     Args:
         acceptance (`Sequence[float]`, A): In [0, 1], of the N members, then of drafters.
-        cost (`Callable[[int, int], float]`): c_i(w), the seconds of a pass of author i over w tokens.
-        members (`int`): N.
+        cost (`Callable[[int, int], float]`): c_i(w), the seconds of a pass of author i over w tokens in each row.
+        rule (`AllSettle`, `OwnerSettles` or `EnoughSettle`): What settles a token.
         may_propose (`Sequence[bool]`, A): Which authors may.
         at_once (`int`, *optional*): The drafter whose proposals all come from one run.
         drafted (`float`, defaults to 1): Of that drafter, in [0, 1].
-        weights (`Sequence[float]`, N, *optional*): Of a mixture whose tokens are settled by their owners. By default
-            all members settle a token.
+        lengths (`Sequence[int]`, B, defaults to one row): Tokens of the texts; of one alone the length says nothing
+            where there is a formula.
 
     Returns:
-        `Prediction`.
+        `Prediction`: For each token of the longest text.
 
     Example: two equal members, drawn by their components, and two that both score every token.
 
     >>> from hf_spec_ensemble.schedule.limit import limit
+    >>> from hf_spec_ensemble.schedule.simulation import AllSettle, OwnerSettles
 
-    >>> limit([0.9, 0.9], lambda author, width: 1.0, 2, [True, True], weights=[0.5, 0.5]).speedup
+    >>> limit([0.9, 0.9], lambda author, width: 1.0, OwnerSettles([0.5, 0.5]), [True, True]).speedup
     2.0
-    >>> round(limit([0.9, 0.9], lambda author, width: 1.0, 2, [True, True]).speedup, 2)
+    >>> round(limit([0.9, 0.9], lambda author, width: 1.0, AllSettle(2), [True, True]).speedup, 2)
     1.82
     """
+    standard = Turns((0,) * len(acceptance), 0, rule.members, at_once)
+    if len(lengths) > 1 or isinstance(rule, EnoughSettle):
+        options = [
+            simulate(turns, acceptance, cost, lengths, rule, drafted)
+            for turns in _candidates(standard, acceptance, cost, may_propose)
+        ]
+        return min([*options, _in_step(standard, cost)], key=_seconds)
 
     def best(may: Sequence[bool]) -> Prediction:
-        nothing = Turns((0,) * len(acceptance), 0, members, at_once)
-        if weights is None:
-            return best_turns(nothing, acceptance, cost, may, gain=0.0)[1]
-        options = (predict_mixture(turns, weights, acceptance, cost) for turns in with_drafts(nothing, may))
-        return min(options, key=lambda prediction: prediction.seconds_per_token)
+        if isinstance(rule, OwnerSettles):
+            options = (predict_mixture(turns, rule.weights, acceptance, cost) for turns in with_drafts(standard, may))
+            return min(options, key=_seconds)
+        return best_turns(standard, acceptance, cost, may, gain=0.0)[1]
 
     always = best(may_propose)
     if at_once is None:
         return always
     never = best([may and author != at_once for author, may in enumerate(may_propose)])
     return _in_turns(always, never, drafted)
+
+
+def _candidates(standard: Turns, acceptance: Sequence[float], cost: Cost, may_propose: Sequence[bool]) -> list[Turns]:
+    """
+    Schedules to try: nothing proposed, what all members score anyway, one author alone, what is best for one row; each
+    by itself and behind a drafter whose proposals come at once.
+    """
+    at_once = standard.at_once
+    own = [may and author != at_once for author, may in enumerate(may_propose)]
+    tried = [standard, replace(standard, lengths=tuple(int(may and i < standard.members) for i, may in enumerate(own)))]
+    tried += [drafting(standard, i, length) for i, may in enumerate(own) if may for length in LENGTHS[1:]]
+    tried.append(best_turns(standard, acceptance, cost, own, gain=0.0)[0])
+    if at_once is not None and may_propose[at_once]:
+        tried += [drafting(turns, at_once, length) for turns in tried for length in LOOKUP_LENGTHS if length]
+    return list(dict.fromkeys(tried))
+
+
+def _in_step(standard: Turns, cost: Cost) -> Prediction:
+    """Every member reads every token, as in the standard ensemble, whatever the batch."""
+    each = [float(i < standard.members) for i in range(len(standard.lengths))]
+    return Prediction(sum(cost(i, 1) for i in range(standard.members)), tuple(each), 1.0)
+
+
+def _seconds(prediction: Prediction) -> float:
+    return prediction.seconds_per_token
 
 
 def _in_turns(one: Prediction, other: Prediction, share: float) -> Prediction:

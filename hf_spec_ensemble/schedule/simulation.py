@@ -67,7 +67,7 @@ class OwnerSettles:
     """
 
     def __init__(self, weights: Sequence[float]):
-        self.weights = weights
+        self.weights, self.members = weights, len(weights)
 
     def settled(self, row, position, rng):
         return row.seen[self._owner(row, position, rng)] >= position
@@ -93,7 +93,7 @@ class EnoughSettle:
     """
 
     def __init__(self, weights: Sequence[float], chances: dict[tuple[bool, ...], float]):
-        self.weights, self.chances = weights, chances
+        self.weights, self.chances, self.members = weights, chances, len(weights)
 
     def settled(self, row, position, rng):
         have = tuple(row.seen[i] >= position for i in range(len(self.weights)))

@@ -73,7 +73,9 @@ def limits_of(folder, runs, config=None, costs=(1.0, 1.0), prompt_seconds=0.0, p
     config = (config or EnsembleConfig()).to_dict()
     records = Records(folder, {"settings": {"config": config, "members": ["a", "b"]}})
     for prefix, (name, seconds) in product(prefixes, zip("abc", costs)):
-        key = dict(kind="curve", task="gsm8k", batch_size=1, prompt_length=None, variant=prefix, model=name)
+        key = dict(
+            kind="curve", task="gsm8k", batch_size=runs[0]["batch_size"], prompt_length=None, variant=prefix, model=name
+        )
         seconds /= 2 if prefix else 1
         curve = dict(widths=[1, 2, 8], seconds=[seconds] * 3, parameters=5, prompt_tokens=20)
         records.add(key | curve | dict(prompt_seconds=prompt_seconds))
@@ -91,6 +93,20 @@ def test_the_limit_is_the_theorys_for_curves_and_acceptance(tmp_path):
     assert found == pytest.approx(2) and reached == pytest.approx(11 / 6 / 2)
     gumbel = limits_of(tmp_path / "4", [sampled], EnsembleConfig(coupling="gumbel"))
     assert gumbel["auto"][0] == pytest.approx(2 / 1.75)
+
+
+def test_batches_and_early_settling_are_simulated(tmp_path):
+    config = EnsembleConfig(weights=[0.7, 0.3])
+    texts = dict(tokens=[list(range(101))] * 2, prompt_tokens=[10, 10], new_tokens=202, batch_size=2)
+    row = run_of("auto", verified=[0, 0], accepted=[0, 0], tokens=texts["tokens"][:1], new_tokens=101)
+    early = limits_of(tmp_path / "1", [row | {"settled_early": 0.8}], config)["auto"][0]
+    assert early == pytest.approx(2 / 1.2, rel=0.1) and limits_of(tmp_path / "2", [row], config)["auto"][0] == 1
+    agreed = run_of("auto", verified=[200, 200], accepted=[120, 120])
+    one, batch = (
+        limits_of(tmp_path / name, [run], EnsembleConfig(method="product"))["auto"][0]
+        for name, run in (("3", agreed), ("4", agreed | texts))
+    )
+    assert 1 < batch < one, "rows wait for each other"
 
 
 def test_the_prompt_is_read_once_by_both(tmp_path):
