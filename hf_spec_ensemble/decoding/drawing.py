@@ -30,6 +30,7 @@ from .verify import (
 
 
 KEPT = 16  # positions of each row whose noise is kept; what is needed again later is made again
+AHEAD = 64  # positions whose owners are drawn at once
 
 
 class Greedy:
@@ -58,8 +59,8 @@ class Gumbel:
         # The only draw from torch's global generator: all noise follows from it
         self.seed = int(torch.randint(2**63 - 1, ()))
         self.numbers: np.ndarray | None = None  # [B], what rows' noise is keyed by, if not by their own numbers
-        # Made with first, then verified with: places [M], ascending, and their noise [M, V]; oldest first
-        self._kept: list[tuple[np.ndarray, torch.Tensor]] = []
+        # Proposed with first, then verified with: noise [V] by row and position, dtype and device; oldest first
+        self._kept: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
 
     def keys(self, batch: int) -> np.ndarray:
         """What noise is keyed by in each of so many rows, besides the position."""
@@ -78,33 +79,21 @@ class Gumbel:
 
     def _noise_at(self, position: np.ndarray, like: torch.Tensor) -> torch.Tensor:
         """The noise `[B, V]` of one position in each row."""
-        places = (self.keys(len(like)) << 32) + position
-        noise, missing = torch.empty_like(like), np.ones(len(places), bool)
-        for kept, values in reversed(self._kept):
-            if (values.dtype, values.device) != (like.dtype, like.device):
-                continue  # what is drawn with must depend on neither who proposed before, nor in which precision
-            index = np.minimum(np.searchsorted(kept, places), len(kept) - 1)
-            there = missing & (kept[index] == places)
-            if there.all() and (index == np.arange(len(kept))).all():
-                return values
-            self._fill(noise, there, values, index[there])
-            missing &= ~there
-            if not missing.any():
-                return noise
-        made = np.sort(places[missing])
-        values = exponential_noise(self.seed, made >> 32, made & (2**32 - 1), like.shape[-1], like.dtype, like.device)
-        self._kept.append((made, values))
-        while sum(len(kept) for kept, _ in self._kept) > KEPT * len(places):
-            del self._kept[0]
-        self._fill(noise, missing, values, np.searchsorted(made, places[missing]))
-        return noise
-
-    @staticmethod
-    def _fill(noise: torch.Tensor, rows: np.ndarray, values: torch.Tensor, index: np.ndarray) -> None:
-        """Puts `values[index]` into these rows `[B]`, as many as are true."""
-        if len(index):
-            rows, index = (torch.from_numpy(x).to(noise.device) for x in (np.flatnonzero(rows), index))
-            noise[rows] = values[index]
+        # What is drawn with must depend on neither who proposed before, nor in which precision
+        places = [(place, like.dtype, like.device) for place in ((self.keys(len(like)) << 32) + position).tolist()]
+        missing = [place for place in places if place not in self._kept]
+        if missing:
+            keys = np.array([place for place, _, _ in missing])
+            values = exponential_noise(
+                self.seed, keys >> 32, keys & (2**32 - 1), like.shape[-1], like.dtype, like.device
+            )
+            self._kept.update(zip(missing, values))
+        noise = [self._kept[place] for place in places]
+        while len(self._kept) > KEPT * len(places):
+            del self._kept[next(iter(self._kept))]
+        if len(missing) == len(places):
+            return values
+        return noise[0][None] if len(noise) == 1 else torch.stack(noise)
 
 
 class Ancestral(Gumbel):
@@ -119,11 +108,16 @@ class Ancestral(Gumbel):
     def __init__(self, weights: Sequence[float]):
         super().__init__()
         self.weights = weights
+        self._drawn: tuple[np.ndarray, np.ndarray] | None = None  # [B], the keys of rows, and the owners [B, T] there
 
     def owners(self, position: np.ndarray) -> np.ndarray:
         """The members, numbered from 0, that own positions `[B]` or `[B, K]` of the rows."""
-        numbers = self.keys(len(position)).reshape(-1, *[1] * (position.ndim - 1))
-        return mixture_owners(self.seed, numbers, position, self.weights)
+        keys, farthest = self.keys(len(position)), int(position.max())
+        if self._drawn is None or not np.array_equal(self._drawn[0], keys) or farthest >= self._drawn[1].shape[1]:
+            ahead = np.arange(max(AHEAD, 2 * farthest))  # they are asked for several times a round
+            self._drawn = keys, mixture_owners(self.seed, keys[:, None], ahead, self.weights)
+        rows = np.arange(len(keys)).reshape(-1, *[1] * (position.ndim - 1))
+        return self._drawn[1][rows, position]
 
 
 def owned(owners: np.ndarray, lengths: np.ndarray, members: int) -> list[int]:

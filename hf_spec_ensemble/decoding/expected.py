@@ -11,7 +11,7 @@ from .candidates import EnsembleCandidateGenerator
 from .sharing import Readers
 
 
-ROW_TOKENS = 512  # that are simulated: more of few texts, for less chance, and fewer of many
+ROW_TOKENS = 256  # that are simulated: more of few texts, for less chance, and fewer of many
 
 
 def expected_speedup(
