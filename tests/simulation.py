@@ -58,7 +58,7 @@ def simulate(
             total = verified
             seen = [min(read, verified - 1) for read in seen]
         if gained:
-            schedule.advanced(gained)
+            schedule.advanced(gained, gained)
         if not drawn:
             confidence = confidences[current](rng)
             if schedule.proposes(situation(), [confidence]):

@@ -85,6 +85,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.turn = 0
         self._waited = [0.0, 0.0]  # tokens a row, by whether rows waited for all members
         self._patient = False  # whether they do now
+        self._refilled, self._slowest = False, 0  # whether rows are, and else the new tokens of the slowest
         self.q = Ragged(self.text.batch)
 
     def get_candidates(self, input_ids: torch.Tensor | None = None, **kwargs) -> Candidates:
@@ -140,8 +141,16 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.q.drop_first(outcome.gained)
         tokens = int(outcome.gained.sum()) / max(int(self.text.active.sum()), 1)
         self._waited[self._patient] += tokens
-        self.schedule.advanced(tokens)
+        self.schedule.advanced(tokens, self._progress(tokens))
         return outcome.gained
+
+    def _progress(self, tokens: float) -> float:
+        """Tokens by which a batch has come nearer to its end: the slowest row's, or the mean if rows are refilled."""
+        if self._refilled:
+            return tokens
+        active, before = self.text.active, self._slowest
+        self._slowest = int(self.text.final[active].min() if active.any() else self.text.final.max())
+        return self._slowest - before
 
     @property
     def patient_share(self) -> float:
@@ -150,6 +159,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
 
     def refill(self, row: int, request: Request, prefills: Sequence[Prefill | None]) -> None:
         """Begins the next text in a row whose text has ended; of every model among the authors, with what it read."""
+        self._refilled = True
         self.text.refill(row, request.number, request.prompt, request.max_new_tokens)
         self.context.drawing.numbers = self.text.numbers
         self.context.distribution.process.refill(row, request.process)

@@ -105,6 +105,10 @@ class PassCosts:
         """Whether passes over just this width were measured often enough for an estimate."""
         return len(self._samples.get((batch, width), ())) >= ENOUGH
 
+    def widest(self, batch: int) -> int:
+        """The widest passes that were measured; 0 if none were."""
+        return max((w for b, w in list(self._samples) if b == batch), default=0)
+
     def _fresh(self, batch: int, width: int) -> bool:
         return self.is_known(batch, width) and self._passes - self._measured_at[batch, width] <= STALE
 
@@ -149,6 +153,9 @@ class SharedCosts:
 
     def to_probe(self, batch: int, width: int) -> int | None:
         return self._costs.to_probe(self._rows(batch), width)
+
+    def widest(self, batch: int) -> int:
+        return self._costs.widest(self._rows(batch))
 
     def one_by_one(self, batch: int) -> float | None:
         """As `PassCosts.one_by_one`, of all members."""

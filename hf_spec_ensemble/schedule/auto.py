@@ -21,10 +21,10 @@ CHANGED = 0.03  # difference of an acceptance, or relative one of a cost, that c
 WORTHWHILE = 0.02  # share of speed that other lengths, and tokens that another run of the same author, must bring
 PLANNING_SHARE = 0.01  # of the time inside passes that may be spent on planning
 WIDEST = 64  # tokens in a pass; what more would cost is not told apart
-BATCH_GAIN = 0.05  # that speculation in a batch must promise: about what its prediction is wrong by
+BATCH_GAIN = 0.03  # that speculation in a batch must promise: about what its prediction is wrong by
 SOONER = 4  # times sooner than a single row's a batch's first plan is made at most: its rows give evidence together
 PROBING_SHARE = 0.02  # of the time inside passes that may be spent on passes wider than needed, to measure these
-SIMULATED = (16, 48)  # rows and tokens at most that are simulated for a plan for a batch
+SIMULATED = (16, 48)  # rows, over all simulated batches, and their tokens, for a plan for a batch
 
 
 @dataclass
@@ -194,11 +194,11 @@ class Auto(Schedule):
     def judged(self, author, confidence, kept) -> None:
         self.memory.acceptance[author].add(confidence, kept)
 
-    def advanced(self, tokens) -> None:
+    def advanced(self, tokens, progress) -> None:
         for acceptance in self.memory.acceptance:
             acceptance.fade(tokens)
         memory = self.memory
-        memory.pace.advanced(tokens, self._standard_seconds())
+        memory.pace.advanced(progress, self._standard_seconds(), max(self.turns.lengths[: self.members]))
         enough = memory.interval if memory.plan else memory.interval // min(self.batch, SOONER)
         if memory.passes >= enough and memory.planning_seconds <= PLANNING_SHARE * memory.seconds:
             self._plan()
@@ -225,8 +225,12 @@ class Auto(Schedule):
     def _knows_enough(self) -> bool:
         """Whether a plan can be made."""
         evidence = sum(acceptance.evidence for acceptance in self.memory.acceptance)
-        known = all(costs.measured(self.batch, 1) is not None for costs in self.costs)
+        known = all(costs.measured(self.batch, 1) is not None for costs in self.costs) and self._knows_width()
         return known and (self.memory.plan is not None or evidence >= ENOUGH_EVIDENCE)
+
+    def _knows_width(self) -> bool:
+        """Whether members' passes over several tokens were measured: in a batch these may cost in proportion."""
+        return self.batch == 1 or all(costs.widest(self.batch) > 1 for costs in self.costs[: self.members])
 
     def _best_plan(self, tables: list[list[float]], acceptance: list[float]) -> Plan:
         """
@@ -244,8 +248,12 @@ class Auto(Schedule):
         """What a prediction for one row becomes in a batch, and whether the standard ensemble is faster."""
         if self.batch == 1:
             return prediction, False
-        rows, tokens = SIMULATED
-        prediction = simulate(turns, acceptance, cost, [tokens] * min(self.batch, rows), self.rule())
+        rows, tokens = min(self.batch, SIMULATED[0]), SIMULATED[1]
+        runs = [
+            simulate(turns, acceptance, cost, [tokens] * rows, self.rule(), seed=seed)
+            for seed in range(max(SIMULATED[0] // rows, 1))
+        ]
+        prediction = sorted(runs, key=lambda run: run.speedup)[len(runs) // 2]
         return prediction, prediction.speedup < 1 + BATCH_GAIN
 
     def _takes_measure(self) -> bool:

@@ -51,5 +51,5 @@ class Led(Schedule):
     def judged(self, author, confidence, kept):
         self.schedule.judged(author, confidence, kept)
 
-    def advanced(self, tokens):
-        self.schedule.advanced(tokens)
+    def advanced(self, tokens, progress):
+        self.schedule.advanced(tokens, progress)

@@ -198,7 +198,8 @@ class AutoMixture(Auto):
         return self.batch > 1 and super()._takes_measure()
 
     def _knows_enough(self) -> bool:
-        return all(costs.measured(self.batch, 1) is not None for costs in self.costs[: self.members])
+        known = all(costs.measured(self.batch, 1) is not None for costs in self.costs[: self.members])
+        return known and self._knows_width()
 
     def _best_plan(self, tables, acceptance) -> MixturePlan:
         known = [costs.measured(self.batch, 1) is not None for costs in self.costs]

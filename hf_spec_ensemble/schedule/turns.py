@@ -69,8 +69,9 @@ class Schedule:
     def judged(self, author: int, confidence: float, kept: bool) -> None:
         """A proposal was verified."""
 
-    def advanced(self, tokens: float) -> None:
-        """A round has ended, in which rows have gained so many tokens on average."""
+    def advanced(self, tokens: float, progress: float) -> None:
+        """A round has ended, in which rows have gained so many tokens on average, and the batch has made such progress
+        towards its end."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def schedule(costs_of, acceptance, weights=(0.5, 0.5)):
         for one, chance in zip(memory.acceptance, acceptance):
             one.add(0.9, random.Random(0).random() < chance)
     made = AutoMixture(memory, costs, 1, len(weights), [True] * len(costs), 0, weights=weights)
-    made.advanced(1)
+    made.advanced(1, 1)
     return made
 
 

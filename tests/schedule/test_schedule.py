@@ -344,7 +344,7 @@ def in_batch(cost, batch) -> Auto:
         for i in range(100):
             one.add(0.9, i % 10 > 0)
     made = Auto(memory, costs, batch, 2, [True, True], 0)
-    made.advanced(1)
+    made.advanced(1, 1)
     return made
 
 
