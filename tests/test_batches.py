@@ -58,7 +58,7 @@ def batched(models, inputs, config, batch_size, **kwargs) -> list[list[int]]:
 FACTORS = {
     "family": ["llama", "gemma3", "opt", "bloom"],  # with windows; with no positions, so that rows are in step
     "n": [2, 3],
-    "batch_size": [1, 2, 3],
+    "batch_size": [1, 2, 3, 8],
     "rule": ["greedy", "gumbel", "ancestral"],
     "lengths": ["auto", 1, 4, None],  # None is the standard ensemble
     "drafter": [None, "prompt_lookup", "suffixes", "model"],
@@ -170,12 +170,13 @@ def test_prompts_are_read_in_parts(monkeypatch, family, tokens):
     widths, read = [], CachedMember._read
 
     def reading(self, new, end, *rest):
-        widths.append((len(end), int((end - self.seen).max())))
+        if len(end) == 1 and self.seen[0] < 0:  # a prompt by itself, not of those that the batch began with
+            widths.append(int((end - self.seen).max()))
         return read(self, new, end, *rest)
 
     monkeypatch.setattr(CachedMember, "_read", reading)
     assert batched(models, inputs, config, 2) == expected
-    assert max(width for rows, width in widths if rows == 1) == tokens
+    assert max(widths) == tokens
 
 
 def test_prompts_that_are_left_of_a_longer_list():
@@ -209,6 +210,32 @@ def test_a_row_that_has_ended_is_given_the_next_prompt(family, waits):
 
     found = order(members(family), inputs, 2, prefix_allowed_tokens_fn=allowed)
     assert found == ([1, 0, *range(2, 7)] if waits else [*range(1, 7), 0])
+
+
+@pytest.mark.parametrize(
+    ("family", "cache", "sizes"),
+    [("llama", None, [5, 2, 1]), ("gemma3", None, [5, 2, 1]), ("bloom", None, [5, 2, 1]), ("llama", "static", [5])],
+)
+def test_rows_that_have_ended_are_left_out_when_no_prompts_are_left(monkeypatch, family, cache, sizes):
+    models, inputs = members(family), [[9 + i, 10] for i in range(5)]
+    ends, found, read = [8, 4, 16, 4, 11], [], CachedMember._read
+    kwargs = dict(max_new_tokens=16, do_sample=True, cache_implementation=cache, drafter="prompt_lookup")
+
+    def allowed(number, ids):
+        return [2] if len(ids) - 2 == ends[number] - 1 else [*range(10, VOCAB)]
+
+    expected = [batched(models, inputs, se.EnsembleConfig(), 1, prefix_allowed_tokens_fn=allowed, **kwargs)]
+
+    def reading(self, *args):
+        logits = read(self, *args)
+        found.append(len(self.seen))
+        assert all(len(layer.keys) == found[-1] for layer in self.cache.layers)
+        return logits
+
+    monkeypatch.setattr(CachedMember, "_read", reading)
+    expected.append(batched(models, inputs, se.EnsembleConfig(), 8, prefix_allowed_tokens_fn=allowed, **kwargs))
+    assert expected[0] == expected[1] and list(map(len, expected[0])) == ends
+    assert list(dict.fromkeys(found)) == sizes
 
 
 @pytest.mark.parametrize(

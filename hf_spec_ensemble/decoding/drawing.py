@@ -85,7 +85,7 @@ class Gumbel:
                 continue  # what is drawn with must depend on neither who proposed before, nor in which precision
             index = np.minimum(np.searchsorted(kept, places), len(kept) - 1)
             there = missing & (kept[index] == places)
-            if there.all() and (index == np.arange(len(kept))).all():
+            if there.all() and len(kept) == len(places) and (index == np.arange(len(kept))).all():
                 return values
             self._fill(noise, there, values, index[there])
             missing &= ~there

@@ -25,6 +25,10 @@ from .text import Text
 # pass of each member. It is wide enough that reading the weights is a small part of it.
 PREFILL = 256
 
+# When no prompts are left, ended rows are left out as soon as no more than this share of the rows goes on. By halves,
+# so that there are few sizes of batches whose passes must be measured before lengths are chosen for them.
+KEPT = 0.5
+
 
 @dataclass
 class Group(Call):
@@ -149,6 +153,13 @@ class Filler:
         self._request: Request | None = None
         self._prefills: list[Prefill | None] = []
 
+    @property
+    def is_done(self) -> bool:
+        """Whether rows that are free stay so."""
+        if self._request is not None:
+            return False
+        return not self.queue.waiting or not all(author.can_refill for author in self.candidates_of.authors)
+
     def fill(self) -> None:
         """Reads of the prompts that have a row as much as may be read now; while no row goes on, till one does."""
         room, text = PREFILL, self.candidates_of.text
@@ -188,6 +199,15 @@ def serve(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
             yield from batch
 
 
+def _leave_out_ended(rows: Rows, candidates_of: EnsembleCandidateGenerator) -> None:
+    """Goes on without the rows whose texts have ended, where they are too many to run along as padding."""
+    left = np.flatnonzero(rows.unfinished)
+    if not 0 < len(left) <= KEPT * len(rows.unfinished) or not all(one.can_keep_rows for one in candidates_of.authors):
+        return
+    rows.keep_rows(left)
+    candidates_of.keep_rows(left)
+
+
 def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
     """As `serve`, till all rows are free and none can be given another prompt."""
     group = queue.group()
@@ -199,6 +219,8 @@ def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
         for _ in rounds(candidates_of, rows):
             yield from rows.take_finished()
             filler.fill()
+            if filler.is_done:
+                _leave_out_ended(rows, candidates_of)
     finally:
         for author in candidates_of.authors:
             author.close()
