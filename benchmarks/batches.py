@@ -8,8 +8,8 @@ standard and the speculative ensemble, each waiting and refilled, decode one chu
 turns. Each chunk is one call of `generate_batch`, or a call of `generate()` for each batch. Every measurement is
 appended to the file; the same command goes on where it was interrupted. All ways decode one batch before, not measured.
 
-Printed are the time in all, tokens per second, the speed over the same method in waiting batches, texts equal to those of
-the first way, and forward passes per token. Lengths alone bound what refilling brings: the steps that rows take in
+Printed are the time in all, tokens per second, the speed over the same method in waiting batches, texts equal to those
+of the first way, and forward passes per token. Lengths alone bound what refilling brings: the steps that rows take in
 waiting batches for each token, `B * sum(longest of each batch) / sum(lengths)`, stand beside the task's name.
 """
 
