@@ -9,8 +9,9 @@ turns. Each chunk is one call of `generate_batch`, or a call of `generate()` for
 appended to the file; the same command goes on where it was interrupted. All ways decode one batch before, not measured.
 
 Printed are the time in all, tokens per second, the speed over the same method in waiting batches, texts equal to those
-of the first way, and forward passes per token. Lengths alone bound what refilling brings: the steps that rows take in
-waiting batches for each token, `B * sum(longest of each batch) / sum(lengths)`, stand beside the task's name.
+of the first way, forward passes per token, and the shares of time outside passes and in passes that read prompts.
+Lengths alone bound what refilling brings: the steps that rows take in waiting batches for each token,
+`B * sum(longest of each batch) / sum(lengths)`, stand beside the task's name.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from hf_spec_ensemble.decoding.refill import padded
 
 WAYS = ("standard waiting", "standard refilled", "speculative waiting", "speculative refilled")
 WARM_UP = 24  # new tokens
+LONGEST = 20  # tokens in a row of a pass that reads no prompt
 
 
 def arguments() -> argparse.Namespace:
@@ -56,12 +58,16 @@ class Ways:
         self.tokenizer = AutoTokenizer.from_pretrained(args.models[0])
         self.ends = self.models[0].generation_config.eos_token_id
         self.ends = self.ends if isinstance(self.ends, list) else [self.ends]
-        self.passes = 0
+        self._passes: list[tuple[int, float]] = []  # tokens a row, seconds
         for model in self.models:
-            model.register_forward_hook(self._count)
+            model.register_forward_pre_hook(self._begin)
+            model.register_forward_hook(self._end, with_kwargs=True)
 
-    def _count(self, *_) -> None:
-        self.passes += 1
+    def _begin(self, *_) -> None:
+        self._start = time.perf_counter()
+
+    def _end(self, model, args, kwargs, output) -> None:
+        self._passes.append((kwargs["input_ids"].shape[1], time.perf_counter() - self._start))
 
     def prompts(self, file: Path, field: str) -> list[list[int]]:
         lines = file.read_text(encoding="utf-8").splitlines()[: self.args.rows]
@@ -94,10 +100,16 @@ class Ways:
         return next((row[: i + 1] for i, token in enumerate(row) if token in self.ends), row)
 
     def measured(self, way: str, prompts: list[list[int]]) -> dict:
-        self.passes = 0
+        self._passes.clear()
         start = time.perf_counter()
         texts = self.decode(way, prompts, self.args.max_new_tokens)
-        return {"seconds": time.perf_counter() - start, "passes": self.passes, "texts": texts}
+        return {
+            "seconds": time.perf_counter() - start,
+            "passes": len(self._passes),
+            "in_passes": sum(seconds for _, seconds in self._passes),
+            "in_prompts": sum(seconds for width, seconds in self._passes if width > LONGEST),
+            "texts": texts,
+        }
 
 
 def measure(args: argparse.Namespace, records: dict[tuple, dict]) -> None:
@@ -132,7 +144,8 @@ def read(file: Path) -> dict[tuple, dict]:
 
 def report(args: argparse.Namespace, records: dict[tuple, dict]) -> list[str]:
     """A table of the chunks that all ways have decoded."""
-    lines = ["| | seconds | tokens/s | speed over waiting | same text | passes per token |", "|---" * 6 + "|"]
+    head = "| | seconds | tokens/s | speed over waiting | same text | passes per token | outside passes | prompts |"
+    lines = [head, "|---" * 8 + "|"]
     for task in args.tasks:
         chunks = sorted({at for name, _, at in records if name == task})
         chunks = [at for at in chunks if all((task, way, at) in records for way in args.ways)]
@@ -144,7 +157,7 @@ def report(args: argparse.Namespace, records: dict[tuple, dict]) -> list[str]:
         lengths, size = list(map(len, first)), args.batch_size
         longest = sum(size * max(lengths[at : at + size]) for at in range(0, len(lengths), size))
         ratio = f"{longest / sum(lengths):.2f} steps of a row per token in waiting batches"
-        lines.append(f"| **{task}**, {len(lengths)} rows, {sum(lengths)} tokens, {ratio} | | | | | |")
+        lines.append(f"| **{task}**, {len(lengths)} rows, {sum(lengths)} tokens, {ratio} | | | | | | | |")
         for way in args.ways:
             texts = [text for record in of_way[way] for text in record["texts"]]
             tokens, passes = sum(map(len, texts)), sum(record["passes"] for record in of_way[way])
@@ -152,7 +165,9 @@ def report(args: argparse.Namespace, records: dict[tuple, dict]) -> list[str]:
             same = sum(a == b for a, b in zip(texts, first))
             speed = f"{waiting / total[way]:.2f}x" if waiting else ""
             cells = [way, f"{total[way]:.0f}", f"{tokens / total[way]:.1f}", speed, f"{same} of {len(first)}"]
-            lines.append("| " + " | ".join([*cells, f"{passes / tokens:.2f}"]) + " |")
+            inside, read = (sum(one[name] for one in of_way[way]) / total[way] for name in ("in_passes", "in_prompts"))
+            cells += [f"{passes / tokens:.2f}", f"{1 - inside:.0%}", f"{read:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
