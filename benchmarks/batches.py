@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=["GSM8K", "HumanEval"], choices=["GSM8K", "HumanEval"])
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--rows", type=int, default=64, help="of each task")
-    parser.add_argument("--chunk", type=int, default=32, help="rows that one way decodes before it is another's turn")
+    parser.add_argument("--chunk", type=int, default=64, help="rows that one way decodes before it is another's turn")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
