@@ -14,6 +14,7 @@ from .compat import given_cache
 from .config import AUTO, EnsembleConfig
 from .decoding.call import Call
 from .decoding.drafter import PROMPT_LOOKUP, chosen_drafter
+from .decoding.output import EnsembleStats
 from .decoding.refill import Queue, serve
 from .decoding.requests import Request
 from .decoding.suffixes import Suffixes
@@ -39,12 +40,15 @@ class EnsembleGenerationOutput:
         prompt_ids (`list[int]`), generated_tokens (`list[int]`): The prompt, and what follows, a token that ended it
             included.
         number (`int`): The prompt's place in the list, or that of `numbers`.
+        stats (`EnsembleStats`): What the whole call has done so far: one object, which all its results share. Its
+            tokens are those of texts that are done.
     """
 
     request_id: str
     prompt_ids: list[int] = field(default_factory=list)
     generated_tokens: list[int] = field(default_factory=list)
     number: int = 0
+    stats: EnsembleStats = field(default_factory=EnsembleStats, repr=False)
 
 
 def generate_batch(
@@ -176,7 +180,7 @@ def _results(queue: Queue | None) -> Iterator[EnsembleGenerationOutput]:
         return
     with closing(serve(queue)) as served:
         for request, tokens in served:
-            yield EnsembleGenerationOutput(f"req_{request.number}", request.prompt, tokens, request.number)
+            yield EnsembleGenerationOutput(f"req_{request.number}", request.prompt, tokens, request.number, queue.stats)
 
 
 def _call(

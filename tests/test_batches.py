@@ -1,5 +1,6 @@
 """`generate_batch`: a prompt's text is that of a call of its own, whatever shares the batch."""
 
+import functools
 import random
 
 import numpy as np
@@ -58,7 +59,7 @@ def batched(models, inputs, config, batch_size, **kwargs) -> list[list[int]]:
 FACTORS = {
     "family": ["llama", "gemma3", "opt", "bloom"],  # with windows; with no positions, so that rows are in step
     "n": [2, 3],
-    "batch_size": [1, 2, 3],
+    "batch_size": [1, 2, 3, 8],
     "rule": ["greedy", "gumbel", "ancestral"],
     "lengths": ["auto", 1, 4, None],  # None is the standard ensemble
     "drafter": [None, "prompt_lookup", "suffixes", "model"],
@@ -170,12 +171,13 @@ def test_prompts_are_read_in_parts(monkeypatch, family, tokens):
     widths, read = [], CachedMember._read
 
     def reading(self, new, end, *rest):
-        widths.append((len(end), int((end - self.seen).max())))
+        if len(end) == 1 and self.seen[0] < 0:  # a prompt by itself, not of those that the batch began with
+            widths.append(int((end - self.seen).max()))
         return read(self, new, end, *rest)
 
     monkeypatch.setattr(CachedMember, "_read", reading)
     assert batched(models, inputs, config, 2) == expected
-    assert max(width for rows, width in widths if rows == 1) == tokens
+    assert max(widths) == tokens
 
 
 def test_prompts_that_are_left_of_a_longer_list():
@@ -212,6 +214,33 @@ def test_a_row_that_has_ended_is_given_the_next_prompt(family, waits):
 
 
 @pytest.mark.parametrize(
+    ("family", "cache", "sizes"),
+    [("llama", None, [5, 2, 1]), ("gemma3", None, [5, 2, 1]), ("bloom", None, [5, 2, 1]), ("llama", "static", [5])],
+)
+def test_rows_that_have_ended_are_left_out_when_no_prompts_are_left(monkeypatch, family, cache, sizes):
+    models, inputs = members(family), [[9 + i, 10] for i in range(5)]
+    ends, found, read = [8, 4, 30, 4, 18], [], CachedMember._read
+    kwargs = dict(max_new_tokens=30, do_sample=True, cache_implementation=cache, drafter="prompt_lookup")
+    config = se.EnsembleConfig(num_assistant_tokens=1, check_members=False)
+
+    def allowed(number, ids):
+        return [2] if len(ids) - 2 == ends[number] - 1 else [*range(10, VOCAB)]
+
+    expected = [batched(models, inputs, config, 1, prefix_allowed_tokens_fn=allowed, **kwargs)]
+
+    def reading(self, *args):
+        logits = read(self, *args)
+        found.append(len(self.seen))
+        assert all(len(layer.keys) == found[-1] for layer in self.cache.layers)
+        return logits
+
+    monkeypatch.setattr(CachedMember, "_read", reading)
+    expected.append(batched(models, inputs, config, 8, prefix_allowed_tokens_fn=allowed, **kwargs))
+    assert expected[0] == expected[1] and list(map(len, expected[0])) == ends
+    assert list(dict.fromkeys(found)) == sizes
+
+
+@pytest.mark.parametrize(
     ("family", "cache", "count"), [("llama", None, 200), ("gemma3", None, 50), ("gemma3", "static", 50)]
 )
 def test_caches_do_not_grow_with_the_number_of_prompts(monkeypatch, family, cache, count):
@@ -230,6 +259,33 @@ def test_caches_do_not_grow_with_the_number_of_prompts(monkeypatch, family, cach
     batched(members(family), inputs, config, 5, cache_implementation=cache, max_new_tokens=4)
     longest = max(map(len, inputs)) + 4
     assert len(held[5]) > count / 2 and max(held[5]) <= longest + (32 if cache else max(16, longest // 4) + 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_what_a_call_took(monkeypatch, family):
+    models, passes, inputs = members(family), [0, 0], prompts(6)
+    for i, model in enumerate(models):
+        monkeypatch.setattr(model, "forward", _counted(model.forward, passes, i))
+    config = se.EnsembleConfig(num_assistant_tokens=2, check_members=False)
+    given = dict(
+        assistant_model=models[1], ensemble_config=config, batch_size=2, progress_bar=False, drafter="prompt_lookup"
+    )
+    results = list(se.generate_batch(models[0], inputs, **given, **SETTINGS).values())
+    stats = results[0].stats
+    assert all(result.stats is stats for result in results)
+    assert stats.forward_passes[:2] == passes and len(stats.accepted) == 3
+    assert stats.new_tokens == sum(len(result.generated_tokens) for result in results)
+    assert 0 < sum(stats.accepted) <= sum(stats.verified) <= sum(stats.proposed)
+    assert 0 < sum(stats.member_seconds) <= stats.seconds and "author" not in str(stats)
+
+
+def _counted(forward, passes, i):
+    @functools.wraps(forward)
+    def counting(*args, **kwargs):
+        passes[i] += 1
+        return forward(*args, **kwargs)
+
+    return counting
 
 
 def test_what_was_given_out_is_kept_when_something_fails():

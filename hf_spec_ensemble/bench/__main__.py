@@ -29,10 +29,10 @@ from transformers.utils import logging
 
 from ..tools.arguments import config_of
 from ..tools.options import add_config_arguments
+from ..tools.processes import Process, launch_notes
 from .dtypes import dtype_note, settle_dtype
 from .measure import Bench, environment
 from .plan import CURVES, Plan, Settings
-from .processes import Process, launch_notes
 from .records import Records
 from .report import write_report
 from .tasks import TASKS

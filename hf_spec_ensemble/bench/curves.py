@@ -19,7 +19,7 @@ from ..members.uncached import member_of
 from .inputs import lengthened
 from .plan import Condition, Plan, short_names
 from .records import Record, Records
-from .variants import COMPILED, STATIC, Variant
+from .variants import BATCHED, COMPILED, STATIC, Variant
 
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 16)
@@ -44,7 +44,7 @@ def missing_curves(
     """The models whose curves these variants need and the records lack, by prefix."""
     missing: dict[str, list[str]] = {}
     members = plan.member_names(condition.members)
-    for prefix in dict.fromkeys(["", *(variant.prefix for variant in variants)]):
+    for prefix in dict.fromkeys(["", *(variant.prefix for variant in variants if variant.prefix != BATCHED)]):
         drafting = [v.drafting_model for v in variants if v.prefix == prefix and v.drafting_model is not None]
         names = dict.fromkeys([*members, *drafting])
         lacking = [name for name in names if curve_key(condition, prefix, name) not in records]

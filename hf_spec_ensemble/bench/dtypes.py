@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 from ..files import parse_object
 from ..members.runner import Running
 from ..tools.arguments import locate
+from ..tools.processes import Process
 from .curves import measure_curves
 from .inputs import batch_of
 from .plan import AUTO, Plan
-from .processes import Process
 from .records import Record
 
 

@@ -13,7 +13,7 @@ from ..schedule.simulation import AllSettle, EnoughSettle, OwnerSettles
 from .curves import curve_key
 from .plan import Condition
 from .records import Record, Records
-from .variants import Variant, is_speculative, parse
+from .variants import BATCHED, Variant, is_speculative, parse
 
 
 WIDEST = 64  # tokens in a pass; what more would cost is not told apart
@@ -31,9 +31,9 @@ def limit_of(records: Records, condition: Condition, variant: str, runs: Sequenc
         runs (`Sequence[Record]`): At least one.
 
     Returns:
-        `float`, or `None` for what is no speculative ensemble, and where there are no curves.
+        `float`, or `None` for what is no speculative ensemble or refills rows, and where there are no curves.
     """
-    if not is_speculative(variant) or not records.of_kind("curve"):
+    if not is_speculative(variant) or variant.startswith(BATCHED) or not records.of_kind("curve"):
         return None
     settings = records.header["settings"]
     members = [settings["members"][i % len(settings["members"])] for i in range(condition.members)]

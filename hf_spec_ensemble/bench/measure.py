@@ -3,7 +3,8 @@ Measures: every variant on every prompt, in turns, each from a call of `generate
 
 The variants take turns prompt by prompt, and who begins changes with each, so that a machine that gets slower or faster
 on the way does so for all. One run of each on the first prompt warms up, after compiling what is compiled. Then the
-models' passes are measured by themselves, which says how fast the variants could be.
+models' passes are measured by themselves, which says how fast the variants could be. What refills rows decodes all
+prompts of a condition in one call, when it is the first one's turn.
 """
 
 import hashlib
@@ -20,17 +21,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..batches import generate_batch
 from ..members.stopwatch import Stopwatch
 from ..members.warmup import warmup
 from ..tools.arguments import locate
+from ..tools.processes import Process
 from ..version import __version__
 from .curves import curve_key, curve_table, measure_curves, missing_curves, running_of
 from .inputs import batch_of
 from .plan import Condition, Group, Plan, Settings
-from .processes import Process
 from .records import Record, Records
 from .tasks import TASKS
-from .variants import COMPILED, STANDARD, Variant, repeats_standard
+from .variants import BATCHED, COMPILED, STANDARD, STATIC, Variant, repeats_standard
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Bench:
         self.records = records
         self.process = process or Process()
         self.settings = plan.settings
+        self._calls: dict[tuple, tuple[dict[int, list[list[int]]], Record]] = {}  # of refilled rows
         for condition in plan.conditions:
             for _, variant, group, seed, repeat in self._units(condition):
                 key = _key(condition, variant.name, group, seed, repeat)
@@ -144,7 +147,10 @@ class Bench:
         for variant in variants:
             if variant.prefix == COMPILED:
                 self._compile(condition, variant)
-            self._generate(condition, variant, group.prompts, self.settings.seeds[0])
+            if variant.prefix == BATCHED:
+                self._serve(condition, variant, [group], self.settings.seeds[0])
+            else:
+                self._generate(condition, variant, group.prompts, self.settings.seeds[0])
 
     def _measure_curves(self, condition: Condition, variants: Sequence[Variant]) -> None:
         """Records, and shows, what passes cost of which these variants consist, as far as that is not recorded."""
@@ -176,18 +182,21 @@ class Bench:
             self.records.add(key | {"seconds": sum(seconds), "member_seconds": seconds})
 
     def _measure(self, condition: Condition, variant: Variant, group: Group, seed: int, repeat: int) -> Record:
-        seconds, output, passes = self._generate(condition, variant, group.prompts, seed)
-        length = max(len(ids) for ids in group.prompts)
-        tokens = [_until_end(row, self._ends) for row in output.sequences[:, length:].tolist()]
+        if variant.prefix == BATCHED:
+            tokens, took = self._served(condition, variant, group, seed, repeat)
+        else:
+            seconds, output, passes = self._generate(condition, variant, group.prompts, seed)
+            length = max(len(ids) for ids in group.prompts)
+            tokens = [_until_end(row, self._ends) for row in output.sequences[:, length:].tolist()]
+            took = {"seconds": seconds, **self._statistics(output, passes, seconds)}
         texts = self.plan.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return {
             **_key(condition, variant.name, group, seed, repeat),
             "processes": self.process.world,
             "prompt": _digest(group),
             "prompt_tokens": [len(ids) for ids in group.prompts],
-            "seconds": seconds,
             "new_tokens": sum(len(row) for row in tokens),
-            **self._statistics(output, passes, seconds),
+            **took,
             "scores": self._scores(condition, group, texts),
             "tokens": tokens,
             "texts": texts,
@@ -223,10 +232,7 @@ class Bench:
         """A timed call of `generate()`: seconds, its output, and the passes that were seen."""
         members = self._members(condition)
         model, arguments = variant.arguments(members, self._models)
-        arguments |= {"max_new_tokens": self.settings.max_new_tokens, "return_dict_in_generate": True}
-        if condition.prompt_length is not None and self._ends:  # a prompt that was cut may end the text at once
-            arguments["suppress_tokens"] = self._ends
-        arguments |= self._caches(condition, variant) | self._padding | _sampling(condition.temperature) | more
+        arguments |= {"return_dict_in_generate": True} | self._settings(condition, variant) | more
         inputs = batch_of(prompts, self._padding["pad_token_id"], model.device)
         with variant.prepared(members), Passes([] if variant.config else members) as passes:
             torch.manual_seed(seed)
@@ -237,9 +243,59 @@ class Bench:
             seconds = time.perf_counter() - start
         return seconds, output, passes
 
+    # Refilled rows: one call for all groups
+
+    def _served(
+        self, condition: Condition, variant: Variant, group: Group, seed: int, repeat: int
+    ) -> tuple[list[list[int]], Record]:
+        """A group's texts, and its share of what all took that were missing when the first of them was asked for."""
+        key = condition, variant.name, seed, repeat
+        if key not in self._calls:
+            missing = [
+                unit[2]
+                for unit in self._units(condition, self.process.rank)
+                if (condition, unit[1].name, *unit[3:]) == key and not self._is_recorded(*unit)
+            ]
+            self._calls[key] = self._serve(condition, variant, missing, seed)
+        texts, took = self._calls[key]
+        share = sum(map(len, texts[group.index])) / sum(len(row) for rows in texts.values() for row in rows)
+        divided = {
+            name: [share * number for number in value] if isinstance(value, list) else share * value
+            for name, value in took.items()
+        }
+        return texts[group.index], divided | {"predicted_speedup": None}
+
+    def _serve(
+        self, condition: Condition, variant: Variant, groups: Sequence[Group], seed: int
+    ) -> tuple[dict[int, list[list[int]]], Record]:
+        """The texts of groups, by index, and what all of them took together."""
+        model, arguments = variant.arguments(self._members(condition), self._models)
+        arguments |= self._settings(condition, variant)
+        size = condition.batch_size
+        prompts = [list(ids) for group in groups for ids in group.prompts]
+        numbers = [group.index * size + row for group in groups for row in range(size)]
+        torch.manual_seed(seed)
+        _synchronize(model.device)
+        start = time.perf_counter()
+        results = generate_batch(model, prompts, batch_size=size, numbers=numbers, progress_bar=False, **arguments)
+        _synchronize(model.device)
+        seconds = time.perf_counter() - start
+        rows, stats = iter(results.values()), next(iter(results.values())).stats
+        texts = {group.index: [next(rows).generated_tokens for _ in group.prompts] for group in groups}
+        counts = ("forward_passes", "member_seconds", "proposed", "verified", "accepted")
+        took = {"seconds": seconds, "loop_seconds": stats.seconds}
+        return texts, took | {name: getattr(stats, name) for name in counts}
+
+    def _settings(self, condition: Condition, variant: Variant) -> dict[str, Any]:
+        """Arguments of `generate()` that all variants have, and those of a variant's caches."""
+        settings = {"max_new_tokens": self.settings.max_new_tokens}
+        if condition.prompt_length is not None and self._ends:  # a prompt that was cut may end the text at once
+            settings["suppress_tokens"] = self._ends
+        return settings | self._caches(condition, variant) | self._padding | _sampling(condition.temperature)
+
     def _caches(self, condition: Condition, variant: Variant) -> dict[str, Any]:
         """Arguments of `generate()` for static caches, one size for all prompts, and compiled passes."""
-        if not variant.prefix:
+        if variant.prefix not in (STATIC, COMPILED):
             return {}
         static = {"cache_implementation": "static", "max_cache_len": self.plan.longest_text(condition)}
         if variant.prefix == COMPILED:

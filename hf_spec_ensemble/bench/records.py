@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import parse_object
+from ..tools.processes import Process, parts_of
 
 
+FILE = "records.jsonl"
 Record = dict[str, Any]
 CONDITION = ("task", "temperature", "batch_size", "members", "prompt_length")
 KEY = ("kind", *CONDITION, "variant", "group", "seed", "repeat", "row", "model")
@@ -50,14 +52,14 @@ class Records:
     def __init__(self, folder: Path, header: Record, rank: int = 0):
         self.folder = folder
         self.header = header
-        self._own = folder / (f"records.rank{rank}.jsonl" if rank else "records.jsonl")
+        self._own = Process(rank).part(folder / FILE)
         self._begun = False
         self.read()
 
     @property
     def parts(self) -> list[Path]:
         """The files that there are, of this run or earlier ones."""
-        return sorted([*self.folder.glob("records.jsonl"), *self.folder.glob("records.rank*.jsonl")])
+        return parts_of(self.folder / FILE)
 
     def read(self) -> None:
         """Reads all parts, with what other processes have written by now, up to their last whole lines."""

@@ -11,7 +11,7 @@ from .plan import Condition, short_names
 from .records import CONDITION, Record, Records
 from .summary import COLUMN_OF_CURVE, Summary, label, members_of, summarise
 from .tasks import TASKS
-from .variants import NOTES, STANDARD, kind_of
+from .variants import NOTES, STANDARD, note_of
 
 
 TITLES = {
@@ -63,7 +63,7 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
     ]
     if any(summary.limit is not None for summary in summaries):
         lines += ["", LIMIT]
-    kinds = dict.fromkeys(kind_of(summary.variant) for summary in summaries)
+    kinds = dict.fromkeys(note_of(summary.variant) for summary in summaries)
     lines += [f"\n{mark} {NOTES[kind]}" for kind, mark in _marks(kinds).items()]
     return "\n".join(lines) + "\n"
 
@@ -104,14 +104,14 @@ def _overview(summaries: Sequence[Summary], records: Records) -> list[str]:
 
 
 def _details(summaries: Sequence[Summary], members: Sequence[str]) -> list[str]:
-    marks = _marks(dict.fromkeys(kind_of(summary.variant) for summary in summaries))
+    marks = _marks(dict.fromkeys(note_of(summary.variant) for summary in summaries))
     head = ["method", "speed-up", "limit", "reached", "tokens/s", "passes per token", "acceptance", "overhead"]
     head += ["predicted speed-up", TASKS[summaries[0].condition.task].metric, "text"]
     rows = []
     for s in summaries:
         rows.append(
             [
-                f"{label(s.variant, members)} {marks.get(kind_of(s.variant), '')}".strip(),
+                f"{label(s.variant, members)} {marks.get(note_of(s.variant), '')}".strip(),
                 "1" if s.variant == STANDARD else str(s.speedup),
                 "-" if s.limit is None else f"{s.limit:.2f}",
                 _percent(s.reached),
@@ -178,7 +178,7 @@ def _below_prediction(summaries: Sequence[Summary], records: Records) -> list[st
 
 def _marks(kinds) -> dict[str, str]:
     """Footnote marks of the kinds that have a note."""
-    return dict(zip([kind for kind in kinds if kind in NOTES], "¹²³"))
+    return dict(zip([kind for kind in kinds if kind in NOTES], "¹²³⁴"))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

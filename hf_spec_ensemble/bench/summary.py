@@ -11,7 +11,7 @@ from .limits import limit_of
 from .plan import Condition, short_names
 from .records import CONDITION, Record, Records
 from .tasks import TASKS
-from .variants import STANDARD, kind_of, place_of, repeats_standard, split
+from .variants import BATCHED, STANDARD, kind_of, place_of, repeats_standard, split
 
 
 RESAMPLES = 2000
@@ -103,7 +103,9 @@ def summarise(records: Records) -> list[Summary]:
         for variant, own in variants.items():
             paired = [record for record in own if _turn(record) in standard]  # all, but for an interrupted run
             if paired:
-                comparable = repeats_standard(variant) and (condition.temperature == 0 or repeatable)
+                comparable = repeats_standard(variant) and (
+                    condition.temperature == 0 or (repeatable and not variant.startswith(BATCHED))
+                )
                 texts = [
                     a == b
                     for record in paired

@@ -19,15 +19,18 @@ TAKE_LENGTHS = ("fixed", "no-alternate", "assisted", "ensemble-weight")
 ORDER = (
     STANDARD, "member", "no-alternate", "fixed", "auto", "drafter", "loop", "assisted", "ensemble-weight",
 )  # fmt: skip
-STATIC, COMPILED = "static:", "compiled:"
+STATIC, COMPILED, BATCHED = PREFIXES = "static:", "compiled:", "batched:"
 NAMES = """\
 members (each alone), standard, auto (what generate() does by default), drafter:none, drafter:suffixes,
 drafter:prompt_lookup or drafter:FOLDER (the same with another drafter, or with none), no-alternate or no-alternate:K,
 fixed:K or fixed:K,K,.. (one for each member; no drafter), loop (mixtures sampled by their components in a plain loop),
 assisted:K and ensemble-weight:K (transformers' own); in front of what decodes the ensemble, static: (over static
-caches) or compiled: (compiled passes over these), as in compiled:fixed:1,1"""
+caches), compiled: (compiled passes over these) or batched: (all prompts in one call, in rows that are refilled), as in
+compiled:fixed:1,1"""
 
 NOTES = {
+    BATCHED: "all prompts are one call of `generate_batch`, with as many rows as others have in a batch. Its time is "
+    "divided among them by their tokens. Sampled texts are others: noise is keyed by a prompt's place among all.",
     "loop": "a plain loop over KV caches: it draws the member whose turn it is, lets it read, and draws the token. It "
     "uses other random numbers, so that its texts are others of the same distribution.",
     "assisted": "transformers' assisted generation of the first two members: the text is the main model's, not the "
@@ -46,13 +49,18 @@ def split(name: str) -> tuple[str, str]:
     >>> split("compiled:fixed:5"), split("fixed:5")
     (('compiled:', 'fixed:5'), ('', 'fixed:5'))
     """
-    prefix = next((prefix for prefix in (STATIC, COMPILED) if name.startswith(prefix)), "")
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
     return prefix, name.removeprefix(prefix)
 
 
 def kind_of(name: str) -> str:
     """`"fixed"` of `"fixed:5"` and of `"compiled:fixed:5"`."""
     return split(name)[1].partition(":")[0]
+
+
+def note_of(name: str) -> str:
+    """What says whether a variant has one of the `NOTES`: its kind, or that it refills rows."""
+    return BATCHED if name.startswith(BATCHED) else kind_of(name)
 
 
 def place_of(name: str) -> tuple:
@@ -67,7 +75,7 @@ def place_of(name: str) -> tuple:
     prefix, name = split(name)
     kind, _, rest = name.partition(":")
     numbers = [int(part) for part in rest.split(",") if part.isdigit()]
-    return ("", STATIC, COMPILED).index(prefix), ORDER.index(kind), numbers, rest
+    return ("", *PREFIXES).index(prefix), ORDER.index(kind), numbers, rest
 
 
 def is_speculative(name: str) -> bool:
@@ -94,7 +102,8 @@ class Variant:
         loop (`list[float]`, *optional*): The weights of a mixture that a plain loop samples.
         assisted (`int`, *optional*): The proposal length of transformers' own assisted generation.
         weight (`float`, *optional*): The main model's, for `assistant_ensemble_weight` in that.
-        prefix (`str`): `"static:"` or `"compiled:"`, of an ensemble over static caches or compiled passes.
+        prefix (`str`): `"static:"`, `"compiled:"` or `"batched:"`, of an ensemble over static caches, compiled
+            passes, or in refilled rows.
     """
 
     name: str
@@ -180,6 +189,8 @@ def parse(
                 f"{name!r}: {prefix} goes in front of what decodes the ensemble, which is standard, auto, "
                 "no-alternate, no-alternate:K, fixed:K and drafter:X."
             )
+        if prefix == BATCHED and temperature > 0 and config.coupling == "maximal":
+            return "with coupling maximal, samples depend on what shares the batch"
         made = parse(unprefixed, members, config, batch_size, temperature)
         return [replace(variant, name=prefix + variant.name, prefix=prefix) for variant in made]
     kind, _, rest = name.partition(":")

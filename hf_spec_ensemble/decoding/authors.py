@@ -85,6 +85,15 @@ class Author:
         raise NotImplementedError
 
     @property
+    def can_keep_rows(self) -> bool:
+        """Whether `keep_rows` works."""
+        return True
+
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Goes on with these rows alone."""
+        raise NotImplementedError
+
+    @property
     def seconds(self) -> float:
         """Seconds spent by this author; waits for running work."""
         return self.stopwatch.seconds
@@ -169,6 +178,15 @@ class ModelAuthor(Author):
         for scores in self.scores:
             scores.put(rows, have, nothing, (np.arange(batch) == row).astype(int), nothing)
         self.context.recorder.ran(self.index)
+
+    @property
+    def can_keep_rows(self):
+        return self.member.can_keep_rows
+
+    def keep_rows(self, rows):
+        self.member.reorder(torch.from_numpy(rows))
+        for scores in self.scores:
+            scores.keep_rows(rows)
 
     def offer(self):
         """The next token of every open row of which it has seen all."""
@@ -328,6 +346,11 @@ class GeneratorAuthor(Author):
 
     def refill(self, row, prompt, prefill):
         self.drafter.refill(row, prompt)
+
+    def keep_rows(self, rows):
+        self.drafter.keep_rows(rows.tolist())
+        if self._drafts:
+            self._drafts, self._logits = ([each[row] for row in rows] for each in (self._drafts, self._logits))
 
     def settle(self, outcome):
         text, fates = self.context.text, []

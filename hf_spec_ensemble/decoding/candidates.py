@@ -1,6 +1,6 @@
 """EnsembleCandidateGenerator: runs authors until proposals can be verified, and applies the result."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,7 +57,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         context (`Context`): Of the call.
         authors (`list[Author]`, A): First those that score for the N members.
         readers (`int`): So many; N, or fewer where members share passes.
-        schedule (`Schedule`): Who runs, and who proposes.
+        schedule_for (`Callable[[int], Schedule]`): For so many rows, who runs, and who proposes.
         settling (`All`): Which positions enough members have scored.
         keep_scores (`bool`): Whether candidates carry log r; only where the settling is complete.
     """
@@ -67,7 +67,7 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         context: Context,
         authors: list[Author],
         readers: int,
-        schedule: Schedule,
+        schedule_for: Callable[[int], Schedule],
         settling: All | Owner | Enough,
         keep_scores: bool = False,
     ):
@@ -77,7 +77,8 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.readers: list[ModelAuthor] = authors[:readers]
         members = [scores for author in self.readers for scores in author.scores]
         self.members: list[MemberScores] = sorted(members, key=lambda scores: scores.number)  # N
-        self.schedule, self.settling = schedule, settling
+        self._schedule_for, self.schedule = schedule_for, schedule_for(self.text.batch)
+        self.settling = settling
         self.by_column = context.distribution.process.once_a_token
         self.keep_scores = keep_scores
         self.stuck = np.zeros(self.text.batch, bool)  # there is nothing to draw the next token from
@@ -166,6 +167,19 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         self.stuck[row] = False
         for author, prefill in zip(self.authors, prefills):
             author.refill(row, request.prompt, prefill)
+
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Goes on with these rows alone, in ascending order; the others' texts have ended."""
+        self.take_times(wait=True)  # which are those of so many rows as there were
+        self.text.keep_rows(rows)
+        self.context.drawing.numbers = self.text.numbers
+        self.context.distribution.process.keep_rows(rows)
+        self.stuck = self.stuck[rows]
+        self.q.keep_rows(rows)
+        self.settling.keep_rows(rows)
+        for author in self.authors:
+            author.keep_rows(rows)
+        self.schedule = self._schedule_for(len(rows))
 
     def take_times(self, wait: bool = False) -> None:
         """Records how long authors took; may wait for running work."""

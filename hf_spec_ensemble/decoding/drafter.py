@@ -33,6 +33,8 @@ class GeneratorDrafter:
         on_host (`bool`): Whether they take their tokens on the CPU.
     """
 
+    _by_row = ("generators", "trust", "watched")
+
     def __init__(self, generators: list[CandidateGenerator], vocab_size: int, on_host: bool = False):
         self.generators = generators  # which keep nothing of a text, where rows are refilled
         self.on_host = on_host
@@ -76,6 +78,11 @@ class GeneratorDrafter:
         """Another text begins in a row."""
         self.trust[row], self.watched[row] = 0.5, (0, [], 0.0)
 
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows alone."""
+        for name in self._by_row:
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
+
     def confidence(self, row: int) -> float:
         """How sure it is of what it drafted last for a row, in [0, 1]."""
         return self.trust[row]
@@ -118,6 +125,8 @@ class SuffixDrafter(GeneratorDrafter):
         prompts (`list[list[int]]`, B): Of the rows, without padding.
         vocab_size (`int`): As for `GeneratorDrafter`.
     """
+
+    _by_row = (*GeneratorDrafter._by_row, "texts", "_confidence")
 
     def __init__(self, suffixes: Suffixes, prompts: list[list[int]], vocab_size: int):
         super().__init__([None] * len(prompts), vocab_size)

@@ -1,5 +1,7 @@
 """Many prompts through the rows of one batch: a row whose text has ended is given the next prompt."""
 
+import copy
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -12,10 +14,12 @@ from transformers import Cache
 from ..members.placement import device_of
 from ..members.prefill import Prefill
 from ..members.prompts import Prompt
+from ..schedule.roles import Roles
 from .authors import ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drawing import Greedy
+from .output import EnsembleStats
 from .requests import Request, RowProcessors, Rows
 from .speculative import prepare, rounds
 from .text import Text
@@ -24,6 +28,10 @@ from .text import Text
 # Tokens of prompts that are read between two rounds, at most, and so in one pass: the rows that go on wait for one such
 # pass of each member. It is wide enough that reading the weights is a small part of it.
 PREFILL = 256
+
+# When no prompts are left, ended rows are left out as soon as no more than this share of the rows goes on. By halves,
+# so that there are few sizes of batches whose passes must be measured before lengths are chosen for them.
+KEPT = 0.5
 
 
 @dataclass
@@ -83,7 +91,7 @@ class Queue:
     """
     The requests that wait.
 
-    State: these, and the rule by which all are drawn.
+    State: these, the rule by which all are drawn, and `stats` of what was done for them.
 
     Args:
         call (`Call`): Of one of them, by itself: what they have in common.
@@ -94,6 +102,7 @@ class Queue:
     def __init__(self, call: Call, requests: Sequence[Request], batch_size: int):
         self.call, self.batch_size = call, batch_size
         self.waiting = deque(requests)
+        self.stats = EnsembleStats(authors=call.names)
         self._longest_prompt = max(len(request.prompt) for request in requests)
         self._longest_text = max(len(request.prompt) + request.max_new_tokens for request in requests)
         self._rule: Greedy | None = None
@@ -149,6 +158,13 @@ class Filler:
         self._request: Request | None = None
         self._prefills: list[Prefill | None] = []
 
+    @property
+    def is_done(self) -> bool:
+        """Whether rows that are free stay so."""
+        if self._request is not None:
+            return False
+        return not self.queue.waiting or not all(author.can_refill for author in self.candidates_of.authors)
+
     def fill(self) -> None:
         """Reads of the prompts that have a row as much as may be read now; while no row goes on, till one does."""
         room, text = PREFILL, self.candidates_of.text
@@ -188,6 +204,26 @@ def serve(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
             yield from batch
 
 
+def _leave_out_ended(rows: Rows, candidates_of: EnsembleCandidateGenerator) -> None:
+    """Goes on without the rows whose texts have ended, where they are too many to run along as padding."""
+    left = np.flatnonzero(rows.unfinished)
+    if not 0 < len(left) <= KEPT * len(rows.unfinished) or not all(one.can_keep_rows for one in candidates_of.authors):
+        return
+    rows.keep_rows(left)
+    candidates_of.keep_rows(left)
+
+
+def _count(
+    stats: EnsembleStats, before: EnsembleStats, roles: Roles, candidates_of: EnsembleCandidateGenerator
+) -> None:
+    """Lets `stats` have what authors have done in this batch, and what was there `before` it."""
+    names = {name: name for name in ("proposed", "verified", "accepted")}
+    for name, own in (names | {"forward_passes": "passes", "member_seconds": "seconds"}).items():
+        done = roles.in_callers_order([getattr(author, own) for author in candidates_of.authors])
+        earlier = getattr(before, name) or [0] * len(done)
+        setattr(stats, name, [a + b for a, b in zip(earlier, done)])
+
+
 def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
     """As `serve`, till all rows are free and none can be given another prompt."""
     group = queue.group()
@@ -195,10 +231,19 @@ def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
     queue.drawn_by(candidates_of.context.drawing)
     rows = Rows(candidates_of.text, group.requests, group.ranks)
     filler = Filler(queue, rows, candidates_of, roles.order)
+    before, start = copy.copy(queue.stats), time.perf_counter()
     try:
         for _ in rounds(candidates_of, rows):
-            yield from rows.take_finished()
+            finished = list(rows.take_finished())
+            if finished:
+                _count(queue.stats, before, roles, candidates_of)
+                queue.stats.new_tokens += sum(len(tokens) for _, tokens in finished)
+                queue.stats.seconds += time.perf_counter() - start
+                yield from finished
+                start = time.perf_counter()
             filler.fill()
+            if filler.is_done:
+                _leave_out_ended(rows, candidates_of)
     finally:
         for author in candidates_of.authors:
             author.close()

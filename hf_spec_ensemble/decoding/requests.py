@@ -82,6 +82,10 @@ class RowProcessors:
         """Another text begins in a row."""
         self.rows[row] = process
 
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Goes on with these rows alone."""
+        self.rows = [self.rows[row] for row in rows.tolist()]
+
 
 class Rows:
     """
@@ -134,3 +138,8 @@ class Rows:
         """A row is given a request."""
         self.requests[row] = request
         self._asked[row], self._stopped[row] = 0, False
+
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Goes on with these rows alone."""
+        self.requests = [self.requests[row] for row in rows.tolist()]
+        self._asked, self._stopped = self._asked[rows], self._stopped[rows]

@@ -112,5 +112,11 @@ class MemberScores:
                 held.drop_first(gained)
                 held.keep_first(count)
 
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Goes on with these rows alone."""
+        for held in (self.evidence, self.peaks, self.logits):
+            if held is not None:
+                held.keep_rows(rows)
+
     def _pass_on(self, row: int, position: int, probs: torch.Tensor, logits: torch.Tensor | None) -> None:
         self.context.final_scores.add(self.number, row, position, probs, None if self.logits is None else logits)

@@ -8,6 +8,7 @@ Each rule is an object with
 - `target(context, members, count, form) -> [B, K, V]`: what is drawn from at the first `count[b]` of these, in the form
   of the drawing rule; the distribution takes note,
 - `rule(groups)`: what the theory calls this rule, by what is known now, for groups of members that score together,
+- `keep_rows(rows)`: goes on with these rows alone,
 - `complete`: whether all members have scored what is settled,
 - `blamed(members, row) -> peaks, evidence`: for `EnsembleDistribution.fault`, if nothing can be drawn,
 
@@ -49,6 +50,9 @@ class All:
         evidence = [one.evidence.window(np.zeros_like(count), width) for one in members]
         return context.distribution.target(evidence, text.ids, text.place(text.final), count, form)
 
+    def keep_rows(self, rows: np.ndarray) -> None:
+        pass
+
     def rule(self, groups: Sequence[Sequence[int]]) -> AllSettle:
         return AllSettle(len(groups))
 
@@ -88,6 +92,9 @@ class Owner:
         r = _gathered(count, lambda row, j: members[owner[row, j]].evidence.at(row, j))
         context.distribution.note(r)
         return r
+
+    def keep_rows(self, rows):
+        pass
 
     def rule(self, groups):
         return OwnerSettles([sum(self.drawing.weights[i] for i in group) for group in groups])
@@ -147,6 +154,9 @@ class Enough:
         r = _gathered(count, lambda row, j: self._sum(members, row, j)[0])
         context.distribution.note(r)
         return r
+
+    def keep_rows(self, rows):
+        self._known = [self._known[row] for row in rows.tolist()]
 
     def rule(self, groups):
         weights = [sum(self.weights[i] for i in group) for group in groups]

@@ -154,9 +154,12 @@ def prepare(call: Call) -> tuple[Roles, Readers, EnsembleCandidateGenerator]:
         dtype = torch.promote_types(members[0].model.dtype, torch.float32)
         costs = remembered([call.model], ("drafter", kept_name(call.drafter)), PassCosts)
         authors.append(GeneratorAuthor(len(authors), context, drafter, costs, dtype))
-    schedule = led(_schedule(call, seats, authors, settling, readers), call.ranks)
+
+    def schedule_for(batch: int) -> Schedule:
+        return led(_schedule(call, seats, authors, settling, readers, batch), call.ranks)
+
     keeps_scores = wanted[0] and not late
-    candidates_of = EnsembleCandidateGenerator(context, authors, seats.members, schedule, settling, keeps_scores)
+    candidates_of = EnsembleCandidateGenerator(context, authors, seats.members, schedule_for, settling, keeps_scores)
     return roles, readers, candidates_of
 
 
@@ -206,9 +209,9 @@ def _check_roll_back(member: Member) -> None:
 
 
 def _schedule(
-    call: Call, seats: Roles, authors: list[Author], settling: All | Owner | Enough, readers: Readers
+    call: Call, seats: Roles, authors: list[Author], settling: All | Owner | Enough, readers: Readers, batch: int
 ) -> Schedule:
-    config, batch = call.config, len(call.input_ids)
+    config = call.config
     models = [author.member for author in authors if isinstance(author, ModelAuthor)]
     at_once = len(models) if len(models) < len(authors) else None
     lengths = seats.lengths(config) if config.speculative else (0,) * seats.members

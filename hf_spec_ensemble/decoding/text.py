@@ -71,7 +71,7 @@ class Text:
     Rows are those of one call, which share its prompt's length and wait for each other, or each is a call of its own
     (`apart`): then its prompt begins where it `starts`, and when its text has ended it can be given another.
 
-    State: all of it is here, and is changed by `append`, `settle`, `retire` and `refill`, which
+    State: all of it is here, and is changed by `append`, `settle`, `retire`, `refill` and `keep_rows`, which
     `EnsembleCandidateGenerator` and the loop call. Everyone else reads.
 
     Args:
@@ -201,6 +201,14 @@ class Text:
         self.final, self.total = (np.where(here, 0, length) for length in (self.final, self.total))
         self._sealed, self._barred = self._sealed & ~here, self._barred & ~here
         self.active = self.active | here
+
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Goes on with these rows alone, which are apart."""
+        self.ids = self.ids[torch.from_numpy(rows).to(self.ids.device)]
+        for name in ("starts", "numbers", "max_new_tokens", "final", "total", "active", "_sealed", "_barred"):
+            setattr(self, name, getattr(self, name)[rows])
+        for name in ("pending", "drawn", "fates"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows.tolist()])
 
     def _put(self, tokens: torch.Tensor, rows: np.ndarray, position: np.ndarray) -> None:
         """Writes `tokens[b]` at `position[b]` in some rows."""

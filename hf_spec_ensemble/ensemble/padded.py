@@ -40,6 +40,10 @@ class Ragged:
         for row, vectors, have, start, n in zip(self._rows, new.unbind(0), at.tolist(), first.tolist(), count.tolist()):
             row[have:] = vectors.unbind(0)[start : start + n]
 
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Goes on with these rows alone."""
+        self._rows = [self._rows[row] for row in rows.tolist()]
+
     def keep_first(self, count: np.ndarray) -> None:
         """Removes all but the first `count[b]` of row b."""
         for row, n in zip(self._rows, count.tolist()):

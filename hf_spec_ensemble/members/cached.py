@@ -98,6 +98,10 @@ class CachedMember(Member):
         return not self.in_step and all(type(layer) in kinds or not holds_keys(layer) for layer in self._layers)
 
     @property
+    def can_keep_rows(self):
+        return self._snapshots is None and not self._linear and self.runner.slots is None
+
+    @property
     def visible(self):
         return self._slots == SEEN
 

@@ -100,6 +100,11 @@ class Member:
         return False
 
     @property
+    def can_keep_rows(self) -> bool:
+        """Whether it can go on with some of its rows alone (`reorder`) after roll-backs."""
+        return True
+
+    @property
     def visible(self) -> np.ndarray:
         """Which of the places `[B, S]` of the text, or of its cache, attention may see."""
         raise NotImplementedError
@@ -169,7 +174,10 @@ class Member:
         """Ends the use of this member; its cache may be used for another."""
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row b continues what row `rows[b]` was (beam search). `rows`: `torch.LongTensor` `[B]`, CPU."""
+        """
+        Row b continues what row `rows[b]` was: in a beam search, or where only these rows go on. `rows`:
+        `torch.LongTensor` `[B]`, CPU.
+        """
         if self._prompt_positions is not None:
             self._prompt_positions = self._prompt_positions.index_select(-2, rows.to(self._prompt_positions.device))
         self.prompt = self.prompt[rows.to(self.prompt.device)]

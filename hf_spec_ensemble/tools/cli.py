@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,6 +24,7 @@ from ..trace import TraceStreamer
 from ..trace.html import page_of
 from . import options
 from .arguments import check_device, config_of, default_device, drafter_of, locate
+from .processes import Process, parts_of
 from .results import Result, in_order, read_prompts, read_results, write_results
 
 
@@ -82,10 +84,17 @@ def _one(args: argparse.Namespace, prompt: str) -> None:
 
 def _many(args: argparse.Namespace, prompts: list[str]) -> None:
     """Writes JSON lines, to a file as texts are done, or prints them in the order of the prompts."""
-    done, size = read_results(args.out, prompts) if args.out else (set(), 0)
-    if done:
+    process = Process.of(os.environ)
+    args.device = process.device(args.device)
+    if process.world > 1 and not args.out:
+        raise ValueError("several processes need --out: each writes its share to a file of its own.")
+    own = args.out and process.part(args.out)
+    done, size = read_results(own, prompts) if own else (set(), 0)
+    for part in parts_of(args.out) if args.out else ():
+        done |= read_results(part, prompts)[0]
+    if done and process.leads:
         print(f"{len(done)} of {len(prompts)} prompts are in {args.out} already: skipped.", file=sys.stderr)
-    left = [number for number in range(len(prompts)) if number not in done]
+    left = [n for n in range(len(prompts)) if n not in done and process.rank_of(n) == process.rank]
     if not left:
         return
     ensemble = _ensemble(args)
@@ -97,7 +106,7 @@ def _many(args: argparse.Namespace, prompts: list[str]) -> None:
     with closing(texts):
         results = tqdm(texts, total=len(left), unit="prompt")
         if args.out:
-            return write_results(args.out, size, results)
+            return write_results(own, size, results)
         for result in in_order(results):
             del result["number"]
             tqdm.write(json.dumps(result, ensure_ascii=False))
@@ -111,7 +120,7 @@ def _apart(args: argparse.Namespace, ensemble: Ensemble) -> str | None:
         return "the members are encoder-decoder models"
     if args.do_sample and ensemble.config.coupling == "maximal":
         return "with coupling maximal, samples depend on what shares the batch"
-    return "--stats are of one text" if args.stats else None
+    return None
 
 
 def _together(
@@ -133,6 +142,8 @@ def _together(
         for done in texts:
             text = ensemble.tokenizer.decode(done.generated_tokens, skip_special_tokens=True)
             yield {"number": done.number, "prompt": prompts[done.number], "text": text}
+    if args.stats:
+        print(done.stats, file=sys.stderr)
 
 
 def _in_turn(

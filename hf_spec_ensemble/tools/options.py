@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
         help="append JSON lines to it as texts are done; if run again, do the prompts that it does not have",
     )  # fmt: skip
     out.add_argument("--show", action="store_true", help="colour the text, as it comes, by the member that proposed it")
-    out.add_argument("--stats", action="store_true", help="print what it took, too (several prompts: one at a time)")
+    out.add_argument("--stats", action="store_true", help="print what it took, too")
     out.add_argument("--trace", type=Path, metavar="FILE", help="write who proposed what, as an HTML page")
 
     for name, what in ELSEWHERE.items():

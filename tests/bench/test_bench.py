@@ -323,7 +323,7 @@ def test_drafters_reach_generate():
 
 def test_prefixes_go_in_front_of_ensembles():
     config = EnsembleConfig()
-    for prefix in ("static:", "compiled:"):
+    for prefix in ("static:", "compiled:", "batched:"):
         for name in ("standard", "auto", "no-alternate", "no-alternate:3", "fixed:4", "fixed:1,2", "drafter:some:1"):
             (plain,), (variant,) = parse(name, 2, config), parse(prefix + name, 2, config)
             assert variant == replace(plain, name=prefix + name, prefix=prefix)
@@ -466,6 +466,31 @@ def test_curves(tmp_path, capsys, curve, values, column):
     assert (tmp_path / "out" / f"curve-{curve}.png").read_bytes().startswith(b"\x89PNG")
     lengths = {length for record in runs_of(tmp_path) for length in record["prompt_tokens"]}
     assert curve != "prompt-length" or lengths == {32, 64}
+
+
+def test_refilled_rows_are_one_call(tmp_path, monkeypatch, capsys):
+    calls, whole = [], measure.generate_batch
+
+    def called(model, prompts, **kwargs):
+        calls.append((len(prompts), kwargs["batch_size"], kwargs["numbers"]))
+        return whole(model, prompts, **kwargs)
+
+    monkeypatch.setattr(measure, "generate_batch", called)
+    names = "batched:auto batched:standard"
+    main(arguments(tmp_path, more=f"--compare {names} --batch-sizes 2 --temperatures 0 1", count=5))
+    assert [call for call in calls if call[0] > 2] == [(4, 2, [0, 1, 2, 3])] * 4  # but for those that warm up
+    records = {(r["variant"], r["group"]): r for r in runs_of(tmp_path) if r["temperature"] == 0}
+    assert len(records) == 6
+    for (_, group), record in records.items():
+        assert record["tokens"] == records["standard", group]["tokens"] and record["seconds"] > 0
+    of_auto = [records["batched:auto", group] for group in (0, 1)]
+    assert of_auto[0]["seconds"] / of_auto[0]["new_tokens"] == pytest.approx(
+        of_auto[1]["seconds"] / of_auto[1]["new_tokens"]
+    )
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "batched:auto ¹" in table and "identical (4)" in table and "divided among them by their tokens" in table
+    reason = parse("batched:auto", 2, EnsembleConfig(coupling="maximal"), 2, 1.0)
+    assert reason.startswith("with coupling maximal")
 
 
 def test_prompts_that_are_cut_do_not_end_the_text(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from test_bench import arguments
 
 from hf_spec_ensemble.bench import Records, measure, plots
 from hf_spec_ensemble.bench.__main__ import main
-from hf_spec_ensemble.bench.processes import Process, launch_notes
+from hf_spec_ensemble.tools.processes import Process, launch_notes
 
 
 def launcher(rank, world):

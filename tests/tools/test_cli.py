@@ -77,14 +77,34 @@ def test_texts_are_appended_to_a_file_and_a_second_run_goes_on(capsys, tmp_path)
 
 def test_what_cannot_share_a_batch_is_decoded_one_by_one(capsys, tmp_path):
     out = tmp_path / "texts.jsonl"
-    reasons = {"--stats": "--stats are of", "--coupling maximal --do-sample": "with coupling maximal, samples depend"}
-    for more, reason in reasons.items():
-        cli.main(["generate", QUESTION, "Hello", *MEMBERS, *more.split(), "--out", str(out)])
-        assert f"one at a time: {reason}" in capsys.readouterr().err
-        first, second = results(out)
-        assert (first["number"], second["number"]) == (0, 1) and ("seconds" in first) == (more == "--stats")
-        assert more != "--stats" or first["text"] == text_of(QUESTION)
-        out.unlink()
+    more = ["--coupling", "maximal", "--do-sample", "--stats"]
+    cli.main(["generate", QUESTION, "Hello", *MEMBERS, *more, "--out", str(out)])
+    assert "one at a time: with coupling maximal, samples depend" in capsys.readouterr().err
+    first, second = results(out)
+    assert (first["number"], second["number"]) == (0, 1) and "seconds" in first
+
+
+def test_several_processes_have_a_share_each(capsys, tmp_path, monkeypatch):
+    asked = [QUESTION, "Ann has 2 pens.", "Hello", "A book costs 4 dollars.", QUESTION]
+    words = ["generate", *asked, *MEMBERS, "--do-sample", "--stats", "--out"]
+    cli.main([*words, str(tmp_path / "one.jsonl")])
+    said = capsys.readouterr().err
+    assert "tokens, " in said and "reader: " in said and "of the batch" not in said
+    for rank in (1, 0):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        cli.main([*words, str(tmp_path / "two.jsonl")])
+    shares = [results(tmp_path / name) for name in ("two.jsonl", "two.rank1.jsonl")]
+    assert [sorted(each["number"] for each in share) for share in shares] == [[0, 2, 4], [1, 3]]
+    for share in shares:
+        assert all(each in results(tmp_path / "one.jsonl") for each in share)
+    with pytest.raises(SystemExit):
+        cli.main(words[:-1])
+    assert "several processes need --out" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_ensemble", lambda args: pytest.fail("models are loaded"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    cli.main([*words, str(tmp_path / "two.jsonl")])  # nothing is left for one either
+    assert "5 of 5 prompts are in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

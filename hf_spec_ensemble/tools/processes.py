@@ -1,19 +1,21 @@
 """
-Several processes that measure one plan, as `accelerate launch` or `torchrun` starts them: which one this is, and which
-share of the prompts it has.
+Several processes that do one job, as `accelerate launch` or `torchrun` starts them: which one this is, and which share
+of the prompts it has.
 
-No process waits for another or watches it. Each writes a part of the records, and what all parts lack is what the next
-run of the same command measures, with any number of processes.
+No process waits for another or watches it. Each writes a part of the results, and what all parts lack is what the next
+run of the same command does, with any number of processes.
 """
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Process:
     """
-    One of the processes that measure together.
+    One of the processes that work together.
 
     Args:
         rank (`int`): Its number.
@@ -22,7 +24,7 @@ class Process:
 
     Example:
 
-    >>> from hf_spec_ensemble.bench.processes import Process
+    >>> from hf_spec_ensemble.tools.processes import Process
 
     >>> Process.of({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
     Process(rank=1, world=2, local_rank=1)
@@ -57,9 +59,19 @@ class Process:
         """A device by name: of several GPUs, each process on a machine takes its own, unless the name has a number."""
         return f"cuda:{self.local_rank}" if name == "cuda" and self.world > 1 else name
 
-    def rank_of(self, group: int) -> int:
-        """Whose share a group of prompts is. All variants of a prompt are, for ratios are of times of one process."""
-        return group % self.world
+    def rank_of(self, number: int) -> int:
+        """Whose share a prompt is, or a group of prompts."""
+        return number % self.world
+
+    def part(self, file: Path) -> Path:
+        """The file that this process writes of what `file` stands for."""
+        return file.with_name(f"{file.stem}.rank{self.rank}{file.suffix}") if self.rank else file
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The files that there are, of this run or earlier ones, in which processes have written their shares."""
+    ranks = file.parent.glob(f"{glob.escape(file.stem)}.rank*{glob.escape(file.suffix)}")
+    return sorted([*([file] if file.exists() else []), *ranks])
 
 
 LAUNCHER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what launchers set, as it is without one
