@@ -69,7 +69,7 @@ class EnsembleConfig:
             Proposal lengths, >= 1: one for each member, and last for a drafter if there is one, or an int for the
             drafter or else the smallest member while the others propose 1. `"auto"` chooses who proposes and how much
             as generation runs, from the measured costs of passes and the acceptance so far; where speculation gains
-            nothing it decodes as the standard ensemble. See `hf_spec_ensemble.auto.Auto`.
+            nothing it decodes as the standard ensemble. See `hf_spec_ensemble.schedule.auto.Auto`.
         alternate (`bool`, defaults to `True`):
             Whether members alternate as proposer and verifier. `False`: the drafter, or without one the smallest
             member, always proposes, which is plain speculative decoding against r.
