@@ -94,7 +94,7 @@ class EnsembleConfig:
         check_members (`bool`, defaults to `True`):
             Whether to check, before a model's first use in a process, that it reads correctly: several tokens at
             once, and again after a roll-back. This takes about the time of four tokens. Models that fail are refused;
-            without the check their texts may be wrong. See `hf_spec_ensemble.check`.
+            without the check their texts may be wrong. See `hf_spec_ensemble.members.check`.
         trace (`bool`, defaults to `False`):
             Whether to record who proposed every token and whether it was kept: `generate(..., tokenizer=tokenizer,
             return_dict_in_generate=True).trace`, a `Trace`. Only for the speculative ensemble.

@@ -205,7 +205,7 @@ def add_drafter_argument(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         default="auto",
         help="proposes tokens without being a member: a model, `prompt_lookup` (copies from the prompt), `auto` "
-        "(copies what followed earlier in the text, if proposal lengths are automatic) or `none` (default: %(default)s)",
+        "(copies what followed earlier in the text, if proposal lengths are automatic), `none` (default: %(default)s)",
     )
 
 
