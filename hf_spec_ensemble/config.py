@@ -69,7 +69,7 @@ class EnsembleConfig:
             Proposal lengths, >= 1: one for each member, and last for a drafter if there is one, or an int for the
             drafter or else the smallest member while the others propose 1. `"auto"` chooses who proposes and how much
             as generation runs, from the measured costs of passes and the acceptance so far; where speculation gains
-            nothing it decodes as the standard ensemble. See `hf_spec_ensemble.auto.Auto`.
+            nothing it decodes as the standard ensemble. See `hf_spec_ensemble.schedule.auto.Auto`.
         alternate (`bool`, defaults to `True`):
             Whether members alternate as proposer and verifier. `False`: the drafter, or without one the smallest
             member, always proposes, which is plain speculative decoding against r.
@@ -94,7 +94,7 @@ class EnsembleConfig:
         check_members (`bool`, defaults to `True`):
             Whether to check, before a model's first use in a process, that it reads correctly: several tokens at
             once, and again after a roll-back. This takes about the time of four tokens. Models that fail are refused;
-            without the check their texts may be wrong. See `hf_spec_ensemble.check`.
+            without the check their texts may be wrong. See `hf_spec_ensemble.members.check`.
         trace (`bool`, defaults to `False`):
             Whether to record who proposed every token and whether it was kept: `generate(..., tokenizer=tokenizer,
             return_dict_in_generate=True).trace`, a `Trace`. Only for the speculative ensemble.

@@ -52,7 +52,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undoes `enable`; calling it again changes nothing."""
+    """Undoes `enable`: `generate()` is transformers' own again. Calling it twice changes nothing."""
     global _original
     if _original is not None:
         GenerationMixin.generate = _original

@@ -22,16 +22,16 @@ from hf_spec_ensemble.demo import FAMILY
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 PROMPTS = torch.tensor([[5, 60, 7, 81], [43, 6, 99, 12]])
 CASES = {
-    "greedy": dict(rows=1, do_sample=False, max_new_tokens=64),
-    "sampled": dict(rows=1, do_sample=True, max_new_tokens=64),
+    "greedy": dict(rows=1, do_sample=False, max_new_tokens=40),
+    "sampled": dict(rows=1, do_sample=True, max_new_tokens=40),
     "maximal": dict(
-        rows=2, do_sample=True, max_new_tokens=24, config=dict(coupling="maximal", num_assistant_tokens=2)
+        rows=2, do_sample=True, max_new_tokens=12, config=dict(coupling="maximal", num_assistant_tokens=2)
     ),
-    "short": dict(rows=1, do_sample=True, max_new_tokens=24),
-    "batch": dict(rows=2, do_sample=True, max_new_tokens=24),
-    "drafted": dict(rows=1, do_sample=False, max_new_tokens=24, drafter="prompt_lookup"),
-    "static": dict(rows=2, do_sample=False, max_new_tokens=24, cache_implementation="static"),
-    "standard": dict(rows=1, do_sample=True, max_new_tokens=24, config=dict(speculative=False)),
+    "short": dict(rows=1, do_sample=True, max_new_tokens=16),
+    "batch": dict(rows=2, do_sample=True, max_new_tokens=12),
+    "drafted": dict(rows=1, do_sample=False, max_new_tokens=12, drafter="prompt_lookup"),
+    "static": dict(rows=2, do_sample=False, max_new_tokens=12, cache_implementation="static"),
+    "standard": dict(rows=1, do_sample=True, max_new_tokens=8, config=dict(speculative=False)),
 }  # fmt: skip
 
 

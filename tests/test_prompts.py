@@ -363,9 +363,10 @@ def test_the_trace_names_members_with_prompts():
 # --- Recipes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("speculative", BOTH)
-@pytest.mark.parametrize("scale", [0.5, 1.5, 3.0])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize(
+    "family,scale,speculative",
+    pairwise(dict(family=["llama", "gpt2", "gemma3"], scale=[0.5, 1.5, 3.0], speculative=BOTH)),
+)
 def test_guidance_is_that_of_transformers(family, scale, speculative):
     model, negative = tiny(family, seed=1), prompts(1, 4, seed=9)
     texts = set()

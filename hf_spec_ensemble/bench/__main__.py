@@ -53,21 +53,32 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_config_arguments(made)
     what = made.add_argument_group("what is measured")
-    what.add_argument("--tasks", nargs="+", default=default.tasks, metavar="TASK", help=f"of {', '.join(TASKS)}")
+    what.add_argument(
+        "--tasks", nargs="+", default=default.tasks, metavar="TASK", help=f"one or more of {', '.join(TASKS)}"
+    )
     what.add_argument(
         "--data-file", nargs="+", default=[], metavar="[TASK=]FILE", help="JSON lines instead of the Hub's data sets"
     )
     what.add_argument("--compare", nargs="+", metavar="NAME", help=f"what is compared: {NAMES}")
-    what.add_argument("--temperatures", type=float, nargs="+", default=default.temperatures, help="0 is greedy")
+    what.add_argument("--temperatures", type=float, nargs="+", default=default.temperatures, help="0 means greedy")
     what.add_argument(
         "--batch-sizes", type=int, nargs="+", default=default.batch_sizes, help="prompts decoded together"
     )
-    what.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="of the longest text")
-    what.add_argument("--num-prompts", type=int, default=default.num_prompts, help="of each task")
-    what.add_argument("--repeats", type=int, default=default.repeats, help="measurements of the same text")
-    what.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="of sampled texts")
+    what.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=default.max_new_tokens,
+        help="the longest text, in tokens (default: %(default)s)",
+    )
+    what.add_argument(
+        "--num-prompts", type=int, default=default.num_prompts, help="prompts of each task (default: %(default)s)"
+    )
+    what.add_argument(
+        "--repeats", type=int, default=default.repeats, help="measurements of each text (default: %(default)s)"
+    )
+    what.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="seeds of sampled texts")
     what.add_argument("--shots", type=int, help="examples before a question (default: the task's)")
-    what.add_argument("--no-chat-template", dest="chat", action="store_false", help="ask in plain text")
+    what.add_argument("--no-chat-template", dest="chat", action="store_false", help="prompts in plain text")
     what.add_argument("--curve", choices=tuple(CURVES), help="vary this, and draw speed-up and tokens/s against it")
     what.add_argument("--values", type=int, nargs="+", help="the values of the curve (each curve has defaults)")
     what.add_argument(
@@ -81,13 +92,17 @@ def parser() -> argparse.ArgumentParser:
         help="as torch names it, or auto: the one of float32 and bfloat16 in which the standard ensemble is faster "
         "(default: %(default)s)",
     )  # fmt: skip
-    where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as torch names it")
-    where.add_argument("--threads", type=int, help="of torch on the processor")
+    where.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="a device of torch (default: %(default)s)",
+    )
+    where.add_argument("--threads", type=int, help="threads of torch on the CPU")
     where.add_argument(
         "--freeze", action="store_true",
         help="compiled passes with weights packed for them: faster on a CPU, twice the memory",
     )  # fmt: skip
-    where.add_argument("--out", type=Path, default=default.out, help="a folder (default: %(default)s)")
+    where.add_argument("--out", type=Path, default=default.out, help="folder of the results (default: %(default)s)")
     return made
 
 

@@ -52,7 +52,8 @@ def markdown(records: Records, notes: Sequence[str] = ()) -> str:
         lines += ["", "## What passes cost", "", *curve_table(curves), "", CURVES]
     for condition in dict.fromkeys(summary.condition for summary in summaries):
         own = [summary for summary in summaries if summary.condition == condition]
-        lines += ["", f"## {_title(condition)}", "", f"{max(s.prompts for s in own)} prompts.", ""]
+        prompts = max(s.prompts for s in own)
+        lines += ["", f"## {_title(condition)}", "", f"{prompts} prompt{'s' * (prompts != 1)}.", ""]
         lines += _details(own, members_of(records, condition))
     lines += [
         "",

@@ -118,7 +118,8 @@ class EnsembleStats:
 @dataclass
 class EnsembleDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     """
-    `GenerateDecoderOnlyOutput`, `stats`, and `trace` where `EnsembleConfig(trace=True)` asks for one.
+    transformers' `GenerateDecoderOnlyOutput` with `stats` (`EnsembleStats`), and with `trace` (`Trace`) if
+    `EnsembleConfig(trace=True)` asks for one.
 
     `scores` are the log-probabilities of the distribution r that each token was drawn from, `logits` the main model's
     raw logits; for a row that has finished they give its padding token probability one. `past_key_values` is the main

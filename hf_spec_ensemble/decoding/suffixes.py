@@ -26,13 +26,14 @@ Table = dict[tuple[int, ...], list[Place]]  # n-gram -> places where it had come
 
 class Suffixes:
     """
-    What was learnt from several texts. Rows of a batch, and calls with the same object, share it.
+    A drafter that copies: it proposes what followed the last tokens where they stood before, in this text or in others.
+    `generate(drafter=Suffixes())` uses it. Rows of a batch, and calls with the same object, learn from each other.
 
     Safe for any number of threads, each with its own texts.
 
     Args:
-        max_tokens (`int`, defaults to 65,536): Tokens to remember; about 0.5 kB each. They lie in two tables: when the
-            newer one has half of them, the older one is forgotten whole, so between a half and all are remembered.
+        max_tokens (`int`, defaults to 65,536): Tokens to remember, about 0.5 kB each. They are kept in two tables. When
+            the newer table holds half of them, the older one is dropped. So between a half and all are remembered.
 
     Raises:
         `ValueError`: if `max_tokens` is less than 2.

@@ -40,21 +40,35 @@ def parse_arguments(args: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to ask (default: a question of GSM8K)")
+    parser.add_argument("prompt", nargs="?", default=PROMPT, help="the prompt (default: a question of GSM8K)")
     parser.add_argument("--model", default="reader", help="the main model (default: %(default)s)")
     parser.add_argument("--assistant-model", action="append", help="another member; may be repeated (default: solver)")
     add_drafter_argument(parser)
     config = add_config_arguments(parser)
-    config.add_argument("--num-assistant-tokens", type=int, nargs="+", help="default: chosen from measured costs")
-    config.add_argument("--no-alternate", dest="alternate", action="store_false")
+    config.add_argument(
+        "--num-assistant-tokens",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="tokens that a member proposes in a turn: one number, or one for each member (default: chosen from "
+        "measured costs)",
+    )
+    config.add_argument(
+        "--no-alternate", dest="alternate", action="store_false",
+        help="only the drafter proposes, or without one the smallest member (default: members alternate)",
+    )  # fmt: skip
     run = parser.add_argument_group("run")
-    run.add_argument("--max-new-tokens", type=int, default=128)
-    run.add_argument("--do-sample", action="store_true")
-    run.add_argument("--temperature", type=float, default=1.0)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--repeats", type=int, default=5, help="runs of each; times are medians (default: %(default)s)")
-    run.add_argument("--dtype", default="float32")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--max-new-tokens", type=int, default=128, help="the longest text (default: %(default)s)")
+    run.add_argument("--do-sample", action="store_true", help="sample (default: greedy)")
+    run.add_argument("--temperature", type=float, default=1.0, help="with --do-sample (default: %(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    run.add_argument("--repeats", type=int, default=5, help="pairs of runs; times are medians (default: %(default)s)")
+    run.add_argument("--dtype", default="float32", help="dtype of all models (default: %(default)s)")
+    run.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="a device of torch (default: %(default)s)",
+    )
     return parser.parse_args(args)
 
 

@@ -26,14 +26,14 @@ Ensembles from the command line.
 Models are folders or names on the Hub; `reader`, `solver` and `draft` are embedded in the package.
 """
 FIT = """
-Weights from the command line: an ensemble's folder, with those that make the texts of a file most likely.
+Finds the weights that make the texts of a file most likely, and saves the ensemble with them.
 
     hf-spec-ensemble fit --members ./base ./math --data-file rows.jsonl --columns question answer --out FOLDER
     hf-spec-ensemble generate --ensemble FOLDER "Tom has 3 boxes with 12 pencils each. How many does he have?"
 
-Each line of the file is a JSON object. One column has whole texts or chats; two have prompts and answers, of which the
-answers count. As in `generate`, prompts go through the chat template if there is one. With several files, each gets
-weights and a folder of its own, FOLDER/NAME.
+Each line of the file is a JSON object. One column holds whole texts or chats. Two columns hold prompts and answers, and
+only the answers count. As in `generate`, prompts go through the chat template if there is one. With several files, each
+gets its own weights and its own folder, FOLDER/NAME.
 """
 ELSEWHERE = {  # commands with options of their own
     "bench": "measure an ensemble (extra `bench`)",
@@ -75,44 +75,48 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True)
 
     generate = commands.add_parser("generate", help="decode prompts with an ensemble")
-    generate.add_argument("prompt", nargs="*", help="what to ask")
+    generate.add_argument("prompt", nargs="*", help="a prompt; several are decoded in batches")
     generate.add_argument(
         "--prompts", type=Path, metavar="FILE",
-        help="more prompts, one a line or JSON lines with a field `prompt`; - for standard input",
+        help="a file of more prompts, one per line or JSON lines with a field `prompt`; - reads standard input",
     )  # fmt: skip
-    _add_models(generate, "or: an ensemble that was saved, a folder or a repository on the Hub")
+    _add_models(generate, "instead of --members: a saved ensemble, a folder or a repository on the Hub")
     run = generate.add_argument_group("run")
     run.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="of the longest text (default: %(default)s)"
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="the longest text, in tokens (default: %(default)s)",
     )
-    run.add_argument("--do-sample", action="store_true", help="draw tokens (default: the most probable ones)")
-    run.add_argument("--temperature", type=float, help="with --do-sample: below 1 is closer to the most probable text")
-    run.add_argument("--top-p", type=float, help="with --do-sample: from the most probable tokens of this total")
-    run.add_argument("--top-k", type=int, metavar="K", help="with --do-sample: from the K most probable tokens")
-    run.add_argument("--seed", type=int, default=0, help="of samples (default: %(default)s)")
+    run.add_argument("--do-sample", action="store_true", help="sample (default: greedy)")
+    run.add_argument("--temperature", type=float, help="with --do-sample: lower is closer to greedy")
+    run.add_argument("--top-p", type=float, help="with --do-sample: only the most probable tokens, up to this total")
+    run.add_argument("--top-k", type=int, metavar="K", help="with --do-sample: only the K most probable tokens")
+    run.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
     run.add_argument(
         "--batch-size", type=int, default=8, metavar="N",
-        help="prompts that are decoded together; texts do not depend on it (default: %(default)s)",
+        help="prompts decoded together; it does not change the texts (default: %(default)s)",
     )  # fmt: skip
     _add_device(run)
-    out = generate.add_argument_group("output: the text as it comes, or for several prompts JSON lines")
+    out = generate.add_argument_group("output: the text as it is written; JSON lines for several prompts")
     out.add_argument(
         "--out", type=Path, metavar="FILE",
-        help="append JSON lines to it as texts are done; if run again, do the prompts that it does not have",
+        help="append every finished text to this file, as JSON lines; a second run decodes only what is missing",
     )  # fmt: skip
-    out.add_argument("--show", action="store_true", help="colour the text, as it comes, by the member that proposed it")
-    out.add_argument("--stats", action="store_true", help="print what it took, too")
-    out.add_argument("--trace", type=Path, metavar="FILE", help="write who proposed what, as an HTML page")
+    out.add_argument("--show", action="store_true", help="colour the text by the member that proposed each token")
+    out.add_argument("--stats", action="store_true", help="also print passes, acceptance and times")
+    out.add_argument("--trace", type=Path, metavar="FILE", help="write an HTML page that shows who proposed each token")
 
     for name, what in ELSEWHERE.items():
         commands.add_parser(name, add_help=False, help=what)
 
-    card = commands.add_parser("card", help="write an ensemble's folder for the Hub, or its model card anew")
-    card.add_argument("folder", type=Path, help="made if it is not there")
+    card = commands.add_parser("card", help="write a folder for the Hub from members, or rewrite the model card of one")
+    card.add_argument("folder", type=Path, help="the ensemble's folder; created if --members are given")
     _add_models(card, None)
-    card.add_argument("--license", help='the Hub\'s name of one, as "apache-2.0"')
-    card.add_argument("--repo-id", help="where it will be on the Hub, for the card's examples")
-    card.add_argument("--speedup", help='measured, for the card: "1.7x on GSM8K (bfloat16, two CPU cores)"')
+    card.add_argument("--license", help='as the Hub names it, e.g. "apache-2.0"')
+    card.add_argument("--repo-id", help="its future name on the Hub, USER/NAME, for the card's examples")
+    card.add_argument("--speedup", help='a measured speed-up, for the card: "1.7x on GSM8K (bfloat16, two CPU cores)"')
     return made
 
 
@@ -121,32 +125,48 @@ def fit_parser() -> argparse.ArgumentParser:
         prog=f"{PROGRAM} fit", description=FIT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--members", nargs="+", required=True, metavar="MODEL", help="the main model first")
-    made.add_argument("--dtype", default="auto", help="of all models (default: as they were saved)")
+    made.add_argument("--dtype", default="auto", help="dtype of all models (default: as saved)")
     _add_device(made)
     texts = made.add_argument_group("texts")
-    texts.add_argument("--data-file", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines")
-    texts.add_argument("--columns", nargs="+", required=True, metavar="NAME", help="a column, or prompts and answers")
-    texts.add_argument("--limit", type=int, metavar="N", help="of each file, the first N lines alone")
     texts.add_argument(
-        "--held-out", default="0.2", metavar="SHARE|FILE", help="not fitted on: a share, or another file (default: 0.2)"
+        "--data-file", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines with the texts"
     )
-    texts.add_argument("--no-chat-template", action="store_true", help="prompt and answer one after the other")
+    texts.add_argument(
+        "--columns",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="the field of the text, or the fields of prompt and answer",
+    )
+    texts.add_argument("--limit", type=int, metavar="N", help="read only the first N lines of each file")
+    texts.add_argument(
+        "--held-out",
+        default="0.2",
+        metavar="SHARE|FILE",
+        help="what is not fitted on: a share, or a file (default: 0.2)",
+    )
+    texts.add_argument("--no-chat-template", action="store_true", help="join prompt and answer without a chat template")
     texts.add_argument("--max-length", type=int, metavar="N", help="cut texts to N tokens")
     run = made.add_argument_group("fit")
     run.add_argument(
         "--method", choices=METHODS, default="weighted", help="how members are combined (default: weighted)"
     )
-    run.add_argument("--plausibility", default="0", metavar="ALPHA|fit", help="of contrastive decoding (default: 0)")
-    run.add_argument("--batch-size", type=int, default=8, help="texts in a pass (default: %(default)s)")
+    run.add_argument(
+        "--plausibility",
+        default="0",
+        metavar="ALPHA|fit",
+        help="for --method contrastive: a value, or fit it too (default: 0)",
+    )
+    run.add_argument("--batch-size", type=int, default=8, help="texts per forward pass (default: %(default)s)")
     run.add_argument(
         "--memory", type=float, default=4.0, metavar="GIB",
-        help="for what a product or contrast keeps (default: %(default)s)",
+        help="memory for the logits that a product or contrast keeps (default: %(default)s)",
     )  # fmt: skip
-    run.add_argument("--seed", type=int, default=0, help="of what is held out (default: %(default)s)")
-    out = made.add_argument_group("output: the report, and")
-    out.add_argument("--out", type=Path, metavar="FOLDER", help="the ensemble, for `load_ensemble`")
+    run.add_argument("--seed", type=int, default=0, help="seed of the held-out share (default: %(default)s)")
+    out = made.add_argument_group("output, besides the report")
+    out.add_argument("--out", type=Path, metavar="FOLDER", help="save the fitted ensemble, for `load_ensemble`")
     out.add_argument(
-        "--plot", type=Path, metavar="FILE", help="the likelihood over the weights, of two or three members"
+        "--plot", type=Path, metavar="FILE", help="plot the likelihood over the weights, for two or three members"
     )
     return made
 
@@ -154,17 +174,25 @@ def fit_parser() -> argparse.ArgumentParser:
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the options that say how members are combined and tokens drawn; gives their group, to add more."""
     group = parser.add_argument_group("ensemble (see EnsembleConfig)")
-    group.add_argument("--method", choices=METHODS, default="weighted", help="of combining (default: %(default)s)")
-    group.add_argument("--weights", type=float, nargs="+", help="one for each member (default: equal ones)")
-    group.add_argument("--contrast", type=float, help="of method contrastive, >= 0 (default: 0.1)")
+    group.add_argument(
+        "--method", choices=METHODS, default="weighted", help="how members are combined (default: %(default)s)"
+    )
+    group.add_argument("--weights", type=float, nargs="+", help="one for each member (default: equal)")
+    group.add_argument(
+        "--contrast",
+        type=float,
+        help="for --method contrastive: how strongly the second member is subtracted (default: 0.1)",
+    )
     group.add_argument(
         "--plausibility", type=float,
-        help="of method contrastive: leaves out tokens with less than this share of the best one's probability "
-        "(default: 0)",
+        help="for --method contrastive: exclude tokens with less than this share of the main model's highest "
+        "probability (default: 0)",
     )  # fmt: skip
-    group.add_argument("--combine-on", choices=COMBINE_ON, help="what is combined (default: as the method has it)")
+    group.add_argument("--combine-on", choices=COMBINE_ON, help="what is combined (default: depends on the method)")
     group.add_argument(
-        "--coupling", choices=COUPLINGS, help="how tokens are drawn and proposals judged (default: auto); all are exact"
+        "--coupling",
+        choices=COUPLINGS,
+        help="the rule that draws tokens and accepts proposals; all are exact (default: auto)",
     )
     return group
 
@@ -174,8 +202,8 @@ def add_drafter_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafter",
         default="auto",
-        help="what proposes besides the members: a model, `prompt_lookup` (copies of the text), `auto` (what followed "
-        "before in the text, where proposal lengths choose themselves) or `none` (default: %(default)s)",
+        help="proposes tokens without being a member: a model, `prompt_lookup` (copies from the prompt), `auto` "
+        "(copies what followed earlier in the text, if proposal lengths are automatic), `none` (default: %(default)s)",
     )
 
 
@@ -184,12 +212,12 @@ def _add_models(command: argparse.ArgumentParser, saved: str | None) -> None:
     if saved:
         command.add_argument("--ensemble", metavar="FOLDER", help=saved)
     add_drafter_argument(command)
-    command.add_argument("--dtype", default="auto", help="of all models (default: as they were saved)")
+    command.add_argument("--dtype", default="auto", help="dtype of all models (default: as saved)")
     add_config_arguments(command)
 
 
 def _add_device(group) -> None:
-    group.add_argument("--device", help="as torch names it, cpu or cuda:1 (default: cuda if there is one)")
+    group.add_argument("--device", help="a device of torch, e.g. cpu or cuda:1 (default: cuda if available)")
 
 
 def _named(words: Sequence[str]) -> argparse.Namespace:

@@ -149,7 +149,7 @@ class Trace:
         rows (`list[list[TokenTrace]]`): The new tokens of every row of the batch.
         passes (`list[PassTrace]`): In the order in which they ran, calls of a drafter that is not a model among them.
         seconds (`float`): From the first pass to the last token.
-        rule (`str`): How tokens were drawn: `"greedy"`, `"gumbel"` or `"maximal"`.
+        rule (`str`): How tokens were drawn: `"greedy"`, `"gumbel"`, `"ancestral"` or `"maximal"`.
         prompts (`list[list[int]]`): The last tokens of every prompt, which the text's first token is read with.
 
     Example:

@@ -102,7 +102,7 @@ def _headline(trace: Trace) -> str:
     tokens, passes = len(trace.tokens), trace.forward_passes
     longest = max(map(len, trace.rows), default=0)  # a pass serves all rows
     return (
-        f"<p><b>{tokens} tokens</b> in {trace.rounds} rounds of verification and {trace.seconds:.2f} s, with "
+        f"<p><b>{tokens} tokens</b> in {trace.rounds} rounds and {trace.seconds:.2f} s, with "
         f"<b>{passes} forward passes</b> where the standard ensemble takes {trace.members * longest}</p>"
     )
 

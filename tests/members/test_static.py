@@ -200,10 +200,9 @@ def test_a_cache_is_left_as_it_was_given(calls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
-def test_nothing_is_compiled_after_warming_up(family, fresh, capsys):
+def test_nothing_is_compiled_after_warming_up(fresh, capsys):
     """Whatever is accepted, in texts of any length: one graph for each width."""
-    models = fresh(family)
+    models = fresh()
     seconds = se.warmup(models, max_length=60, batch_size=2, compile_config=COUNTED)
     said = capsys.readouterr().out
     assert "Compiling 12 passes: 2 members, each over 1, 2, 4, 8, 16, 32 tokens, 2 rows" in said
@@ -216,6 +215,20 @@ def test_nothing_is_compiled_after_warming_up(family, fresh, capsys):
     assert_same(models, prompts(2), {}, (COMPILED,), drafter="prompt_lookup", max_new_tokens=40)
     assert_same(models, prompts(2), dict(speculative=False), (COMPILED,), max_new_tokens=30)
     assert len(compiled_shapes) == 2 * len(WIDTHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "bloom"])
+def test_nor_for_windows_and_alibi(family, fresh):
+    """Their masks depend on how long the text is. Of two widths, which suffice if no member lags."""
+    models = fresh(family)
+    se.warmup(models, max_length=40, batch_size=2, compile_config=COUNTED, widths=[1, 2], progress=False)
+    compiled = sorted(compiled_shapes)
+    assert compiled == sorted(2 * [(2, 1), (2, 2)])
+    for new_tokens, do_sample in ((3, False), (33, True)):
+        settings = dict(method="product", num_assistant_tokens=1)
+        assert_same(models, prompts(2), settings, (COMPILED,), max_new_tokens=new_tokens, do_sample=do_sample)
+    assert sorted(compiled_shapes) == compiled
 
 
 def test_longer_texts_and_other_batches_compile_anew(fresh):
