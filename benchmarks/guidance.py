@@ -1,6 +1,6 @@
 """
-One model under two prompts (guidance, scale 1.5): how fast the speculative ensemble is, against the standard ensemble
-and against transformers' own `guidance_scale`, in turns, prompt by prompt.
+One model under two prompts (guidance, scale 1.5): how fast the speculative ensemble is, against separate passes of the
+two members for every token and against transformers' own `guidance_scale`, in turns, prompt by prompt.
 
     python benchmarks/guidance.py FOLDER                  FOLDER as for run.sh: the model `base` and rows of the tasks
     python benchmarks/guidance.py FOLDER --num-prompts 2 --max-new-tokens 16
@@ -45,16 +45,17 @@ def main() -> None:
         ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments, **run)
         return (time.perf_counter() - start) / (ids.shape[1] - prompt.shape[1])
 
-    print("| task | over the standard ensemble | over transformers' guidance_scale |\n|---|---|---|")
+    separate = dict(speculative=False, share_passes=False)
+    print("| task | over separate passes | over transformers' guidance_scale |\n|---|---|---|")
     for name in ("gsm8k", "humaneval"):
         lines = (args.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        ratios: dict[str, list[float]] = {"standard": [], "transformers": []}
+        ratios: dict[str, list[float]] = {"separate": [], "transformers": []}
         for i, line in enumerate(lines[: args.num_prompts + 1]):  # the first one warms up
             ids = torch.tensor([encode(TASKS[name], json.loads(line), [], tokenizer, chat=True)])
             negative = {"input_ids": ids[:, -1:]}  # the prompt's last token, as transformers has it by default
             times = {
                 "speculative": seconds_per_token(ids, **se.recipes.guidance(model, negative, SCALE)),
-                "standard": seconds_per_token(ids, **se.recipes.guidance(model, negative, SCALE, speculative=False)),
+                "separate": seconds_per_token(ids, **se.recipes.guidance(model, negative, SCALE, **separate)),
                 "transformers": seconds_per_token(ids, guidance_scale=SCALE),
             }
             for other, found in ratios.items():

@@ -4,11 +4,19 @@ Measures one model as several members: its passes shared, against passes of each
     python benchmarks/prompts.py --base FOLDER/base --adapters math=FOLDER/lora/math code=FOLDER/lora/code \
         --gsm8k gsm8k.jsonl --humaneval humaneval.jsonl
 
-Four cases, greedy, with and without a drafter: guidance against transformers' own `guidance_scale`, context-aware
-decoding over a document, a mixture over four contexts, and a base with two adapters, against adapters that are switched
-and against models with an adapter merged into each. For every prompt all ways run in turns. Of each way the median of
-the ratios of times is printed, over that of the case's first way, with the least and greatest, how many texts are the
-first way's, and the passes for a token. All ways run once before, which takes what is measured or compiled once.
+Four cases, greedy: guidance, context-aware decoding over a document, a mixture over four contexts, and a base with two
+adapters. The ways to decode each, all but the first two with and without the default drafter:
+
+- transformers: its own `guidance_scale`; of guidance alone
+- separate passes: the standard ensemble, each member by itself (`speculative=False, share_passes=False`)
+- taking turns: members propose and verify, in passes of their own (`share_passes=False`)
+- one pass: members are rows of one (`share_passes=True`), of adapters also: these are mixed
+- auto: what `share_passes="auto"` chooses
+- merged: of adapters, models with one merged into each, which take turns
+
+For every prompt all ways run in turns. Of each way the median of the ratios of times is printed, over that of the
+case's first way, with the least and greatest, how many texts are the first way's, and the passes for a token. All ways
+run once before, which takes what is measured or compiled once.
 """
 
 import argparse
@@ -25,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_spec_ensemble as se
 
 
-DRAFTERS = {"": None, ", prompt lookup": "prompt_lookup"}
+DRAFTERS = {"": None, ", drafter": "auto"}
 
 
 def arguments() -> argparse.Namespace:
@@ -35,6 +43,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, required=True, help="rows of the task, with `question`")
     parser.add_argument("--humaneval", type=Path, required=True, help="rows of the task, with `prompt`")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="some of these; default: all")
     parser.add_argument("--num-prompts", type=int, default=10, help="of each task")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--document-tokens", type=int, default=300, help="of the document, and of each context")
@@ -50,7 +60,8 @@ class Ways:
         self.args = args
         self.tokenizer = AutoTokenizer.from_pretrained(args.base)
         self.model = AutoModelForCausalLM.from_pretrained(args.base, dtype=args.dtype).eval()
-        self.tasks = {"GSM8K": self._rows(args.gsm8k, "question"), "HumanEval": self._rows(args.humaneval, "prompt")}
+        files = {"GSM8K": (args.gsm8k, "question"), "HumanEval": (args.humaneval, "prompt")}
+        self.tasks = {task: self._rows(*files[task]) for task in args.tasks}
 
     def _rows(self, file: Path, field: str) -> list[str]:
         return [json.loads(line)[field] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -64,17 +75,17 @@ class Ways:
         ids = self.tokenizer("\n\n".join(others[: 1 + self.args.document_tokens]))["input_ids"]
         return self.tokenizer.decode(ids[: self.args.document_tokens]) + "\n\n"
 
-    def ensembles(self, inputs: dict, recipe: dict, drafters=DRAFTERS, **ways: dict) -> dict[str, Callable]:
-        """Named `way` and `way, drafter`: a recipe with other fields of its config."""
+    def ensembles(self, inputs: dict, recipe: dict, model=None) -> dict[str, Callable]:
+        """Separate passes, and the others named `way` and `way, drafter`: a recipe with other fields of its config."""
 
         def run(fields: dict, drafter: str | None):
             config = se.EnsembleConfig.from_dict(recipe["ensemble_config"].to_dict() | fields)
-            return self.generate(self.model, inputs, **recipe | {"ensemble_config": config}, drafter=drafter)
+            return self.generate(model or self.model, inputs, **recipe | {"ensemble_config": config}, drafter=drafter)
 
         return {
             f"{way}{name}": lambda fields=fields, drafter=drafter: run(fields, drafter)
-            for way, fields in ways.items()
-            for name, drafter in drafters.items()
+            for way, fields in (SEPARATE | SPECULATIVE).items()
+            for name, drafter in (DRAFTERS if way in SPECULATIVE else {"": None}).items()
         }
 
     def generate(self, model, inputs: dict, **kwargs):
@@ -82,8 +93,13 @@ class Ways:
         return model.generate(**inputs, **settings, **kwargs)
 
 
-STANDARD, APART, TOGETHER = dict(speculative=False), dict(share_passes=False), dict(share_passes=True)
-AUTO = dict(share_passes="auto")
+SEPARATE = {"separate passes": dict(speculative=False, share_passes=False)}
+SPECULATIVE = {
+    "taking turns": dict(share_passes=False),
+    "one pass": dict(share_passes=True),
+    "auto": dict(share_passes="auto"),
+}
+TASKS = ("GSM8K", "HumanEval")
 
 
 def guidance(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
@@ -92,17 +108,13 @@ def guidance(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
     negative = {name: ids[:, -4:] for name, ids in inputs.items()}
     theirs = dict(guidance_scale=1.5, negative_prompt_ids=negative["input_ids"])
     recipe = se.recipes.guidance(ways.model, negative, scale=1.5)
-    return {"transformers": lambda: ways.generate(ways.model, inputs, **theirs)} | ways.ensembles(
-        inputs, recipe, apart=APART, together=TOGETHER, auto=AUTO
-    )
+    return {"transformers": lambda: ways.generate(ways.model, inputs, **theirs)} | ways.ensembles(inputs, recipe)
 
 
 def context_aware(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
     inputs = ways.prompt(ways.document(rows, number) + rows[number])
     recipe = se.recipes.context_aware(ways.model, ways.prompt(rows[number]))
-    return ways.ensembles(inputs, recipe, {"": None}, standard=STANDARD) | ways.ensembles(
-        inputs, recipe, apart=APART, together=TOGETHER, auto=AUTO
-    )
+    return ways.ensembles(inputs, recipe)
 
 
 def contexts(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
@@ -110,9 +122,7 @@ def contexts(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
     texts = [f"Read this.\n\n{ways.document(rows, (number + 7 * i) % len(rows))}{rows[number]}" for i in range(4)]
     first, *others = map(ways.prompt, texts)
     recipe = se.recipes.replug(ways.model, others, [1.0] * 4)
-    return ways.ensembles(first, recipe, {"": None}, standard=STANDARD) | ways.ensembles(
-        first, recipe, apart=APART, together=TOGETHER, auto=AUTO
-    )
+    return ways.ensembles(first, recipe)
 
 
 def adapters(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
@@ -130,22 +140,15 @@ def adapters(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
         for name, folder in pairs[1:]:
             wrapped.load_adapter(folder, adapter_name=name)
         ways.wrapped, ways.names = wrapped.eval(), [name for name, _ in pairs]
-    inputs, n = ways.prompt(rows[number]), 1 + len(ways.names)
+    inputs, config = ways.prompt(rows[number]), se.EnsembleConfig()
     views = [se.with_adapter(ways.wrapped, name) for name in (*ways.names[1:], None)]
-
-    def run(model, assistants, drafter, **fields):
-        weights = [1 / n] * n
-        config = se.EnsembleConfig(weights=weights, **fields)
-        return ways.generate(model, inputs, assistant_model=assistants, ensemble_config=config, drafter=drafter)
-
-    merged = [*ways.merged, ways.model]
-    found = {}
-    for name, drafter in DRAFTERS.items():
-        found[f"switched{name}"] = lambda d=drafter: run(ways.wrapped, views, d, **APART)
-        found[f"merged{name}"] = lambda d=drafter: run(merged[0], merged[1:], d)
-        found[f"mixed{name}"] = lambda d=drafter: run(ways.wrapped, views, d, **TOGETHER)
-        found[f"auto{name}"] = lambda d=drafter: run(ways.wrapped, views, d, **AUTO)
-    return found
+    main, *others = *ways.merged, ways.model
+    adapted = dict(assistant_model=views, ensemble_config=config)
+    merged = dict(assistant_model=others, ensemble_config=config)
+    return ways.ensembles(inputs, adapted, ways.wrapped) | {
+        f"merged{name}": lambda drafter=drafter: ways.generate(main, inputs, **merged, drafter=drafter)
+        for name, drafter in DRAFTERS.items()
+    }
 
 
 CASES = {"guidance": guidance, "context-aware": context_aware, "contexts": contexts, "adapters": adapters}
@@ -177,7 +180,8 @@ def main() -> None:
             for number in range(-1, min(args.num_prompts, len(rows))):  # the first time nothing is kept
                 results = {}
                 for name, run in CASES[case](ways, rows, max(number, 0)).items():
-                    results[name] = measured(run)
+                    if args.ways is None or name in args.ways:
+                        results[name] = measured(run)
                 first = next(iter(results.values()))
                 for name, (seconds, new, a_token) in results.items() if number >= 0 else ():
                     ratios.setdefault(name, []).append(first[0] / seconds)

@@ -87,10 +87,10 @@ class EnsembleConfig:
         speculative (`bool`, defaults to `True`):
             `False` decodes the standard ensemble: every member, token by token.
         share_passes (`bool` or `"auto"`, defaults to `"auto"`):
-            Whether members of a speculative ensemble that share their weights (one model under several prompts, one
-            base with several adapters) run as rows of one pass, which reads the weights once for all of them. `"auto"`
-            decides that by what passes cost, which is measured in some short passes before the first call. `True`
-            shares wherever it is possible, with a warning where it is not.
+            Whether members that share their weights (one model under several prompts, one base with several adapters)
+            run as rows of one pass, which reads the weights once for all of them; also in the standard ensemble.
+            `"auto"` decides that by what passes cost, which is measured in some short passes before the first call.
+            `True` shares wherever it is possible, with a warning where it is not.
         check_members (`bool`, defaults to `True`):
             Whether to check, before a model's first use in a process, that it reads correctly: several tokens at
             once, and again after a roll-back. This takes about the time of four tokens. Models that fail are refused;

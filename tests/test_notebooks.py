@@ -13,7 +13,7 @@ nbformat = pytest.importorskip("nbformat")
 
 
 def test_there_are_notebooks():
-    assert len(FILES) == 4
+    assert len(FILES) == 5
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

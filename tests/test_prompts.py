@@ -60,7 +60,7 @@ def expected(models, own, name, **kwargs):
             family=list(FAMILIES),
             name=["weighted", "product", "contrastive", "callable"],
             batch=[1, 3],
-            way=["standard", "apart", "together", "together, with drafts"],
+            way=["standard", "standard, together", "apart", "together", "together, with drafts"],
         )
     ),
 )
@@ -69,8 +69,9 @@ def test_one_model_under_several_prompts(family, name, batch, way):
     model, own = tiny(family, seed=1), own_prompts(batch, n)
     text = expected([model] * n, own, name)
     assert text != expected([model] * n, own[:1], name)  # prompts matter
-    lengths = {} if way == "standard" else dict(num_assistant_tokens=2, share_passes=way != "apart")
-    config = oracle.config_of(name, n, speculative=way != "standard", **lengths)
+    lengths = {} if "standard" in way else dict(num_assistant_tokens=2)
+    share = way not in ("standard", "apart")
+    config = oracle.config_of(name, n, speculative="standard" not in way, share_passes=share, **lengths)
     drafter = dict(drafter=members(family, 2)[1]) if "drafts" in way else {}
     assert generate(views(model, own), own[0], config, **drafter).tolist() == text
 

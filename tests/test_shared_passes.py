@@ -74,6 +74,60 @@ def test_as_members_with_passes_of_their_own(drafter, batch, draw, name):
         assert one.stats.forward_passes[0] == steps and not any(one.stats.proposed)
 
 
+@pytest.mark.parametrize("draws,batch", [("greedy", 3), ("sampled", 1)])
+@pytest.mark.parametrize("name", ["weighted", "product"])
+def test_the_standard_ensemble_shares_too(name, draws, batch):
+    """One pass a token instead of three, and the text of separate passes, whatever is returned with it."""
+    model, own = copy.deepcopy(tiny("llama", seed=1)), own_prompts(batch, 3)
+    returned = dict(output_scores=True, output_logits=True, **DRAWS[draws])
+    outs, calls = [], []
+    for way in (TOGETHER, APART):
+        torch.manual_seed(0)
+        config = oracle.config_of(name, 3, speculative=False, check_members=False, **way)
+        hook = model.register_forward_hook(lambda *_: calls.append(len(outs)))
+        outs.append(output(views(model, own), own[0], config, **returned))
+        hook.remove()
+    one, other = outs
+    assert one.sequences.tolist() == other.sequences.tolist()
+    steps = one.sequences.shape[1] - own[0]["input_ids"].shape[1]
+    assert (calls.count(0), calls.count(1)) == (steps, 3 * steps)
+    assert one.stats.forward_passes == [steps, 0, 0] and one.stats.shared == [[0, 1, 2]]
+    assert one.stats.row_tokens == other.stats.row_tokens and one.stats.owned == other.stats.owned
+    assert other.stats.shared == [] and other.stats.forward_passes == [steps] * 3
+    for kind in ("scores", "logits"):
+        for mine, theirs in zip(getattr(one, kind), getattr(other, kind), strict=True):
+            torch.testing.assert_close(mine.float(), theirs.float())  # transformers' loop goes by float32
+
+
+def test_a_standard_ensemble_that_stays_apart_draws_as_it_would(monkeypatch):
+    """What is tried before the decision costs no random numbers, and leaves the caller's cache as it was."""
+    model, own, texts = tiny("gemma3", seed=1), own_prompts(2, 2), []
+    monkeypatch.setattr("hf_spec_ensemble.decoding.sharing._seconds", lambda call, roles, readers: -len(readers.groups))
+    for share in ("auto", False):
+        torch.manual_seed(0)
+        config = oracle.config_of("weighted", 2, speculative=False, share_passes=share)
+        out = output(views(model, own), own[0], config, **DRAWS["sampled"])
+        assert not out.stats.shared
+        assert not any(getattr(layer, "record_past", False) for layer in out.past_key_values.layers)
+        texts.append(out.sequences.tolist())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("why", ["beams", "coupling maximal"])
+def test_what_a_standard_ensemble_does_not_share(why):
+    model, own = tiny("llama", seed=1), own_prompts(1, 2)
+    kwargs = dict(num_beams=2) if why == "beams" else dict(do_sample=True)
+    coupling = {} if why == "beams" else dict(coupling="maximal")
+    said, texts = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_spec_ensemble.decoding.sharing.warn_once", said.append)
+        for share in (True, False):
+            torch.manual_seed(0)
+            config = oracle.config_of("weighted", 2, speculative=False, share_passes=share, **coupling)
+            texts.append(generate(views(model, own), own[0], config, **kwargs).tolist())
+    assert texts[0] == texts[1] and len(said) == 1 and "take turns" in said[0]
+
+
 def test_the_same_model_twice():
     model, inputs = tiny("llama", seed=1), prompts(3)
     config = oracle.config_of("weighted", 2, share_passes=True)
@@ -267,15 +321,40 @@ def test_auto_goes_by_what_passes_cost(name, draws, together, shares):
     assert out.stats.shared == ([[0, 1]] if shares else [])
 
 
-@pytest.mark.parametrize("new_tokens,shares", [(3, False), (60, True)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["group", "among others", "standard"])
+def test_prompts_of_unequal_length_are_read_apart(family, batch, kind):
+    """Their caches are laid side by side: no token of padding is read but within a member's own rows."""
+    model, other, read = copy.deepcopy(tiny(family, seed=1)), tiny(family, seed=2), []
+    own = [prompts(batch), prompts(batch, 70, seed=5), prompts(1, 5, seed=3)]
+    models, group = [model] * 3, views(model, own)
+    if kind == "among others":  # the other model's proposals may be there before the prompts are read
+        models, group = [model, model, other], [*group[:2], se.with_prompt(other, **own[2])]
+    fields = dict(speculative=False) if kind == "standard" else dict(num_assistant_tokens=2)
+    config = oracle.config_of("product", 3, share_passes=True, **fields)
+    output(group, own[0], config, max_new_tokens=1)  # which tries how the model reads
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
+    out = output(group, own[0], config)
+    hook.remove()
+    assert out.sequences.tolist() == expected(models, own, "product")
+    shared = 2 if kind == "among others" else 3
+    assert out.stats.shared == [list(range(shared))]
+    assert read[:shared] == [batch * length for length in (7, 70, 5)[:shared]] and max(read) == batch * 70
+    prompt, config = go_on(out, own[0]), oracle.config_of("product", 3, **APART)
+    again = output(group, prompt, config, past_key_values=out.past_key_values)
+    assert again.sequences.tolist() == output(group, prompt, config).sequences.tolist()
+
+
+@pytest.mark.parametrize("new_tokens,shares", [(1, False), (60, True)])
 def test_padding_of_a_short_prompt_is_counted(new_tokens, shares):
-    """Together, two tokens are read as sixty are; apart, every new token takes two passes."""
+    """Together, two tokens are read as thirty are; apart, every new token takes two passes."""
     model = copy.deepcopy(tiny("llama", seed=1))
     for count in (1, 2):
         for width in (1, 2, 4, 8, 16):
             for _ in range(9):
                 pass_costs(model).add(count, width, 0.5 + 0.05 * count * width)
-    inputs, short = prompts(1, length=60), torch.tensor([[5, 6]])
+    inputs, short = prompts(1, length=30), torch.tensor([[5, 6]])
     config = se.EnsembleConfig(method="product", weights=[1.5, -0.5])
     out = model.generate(
         **inputs, assistant_model=se.with_prompt(model, input_ids=short), ensemble_config=config, drafter=None,

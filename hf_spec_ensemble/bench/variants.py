@@ -197,7 +197,7 @@ def parse(
     if kind == "members" and not rest:
         return [Variant(f"member:{i}", alone=i) for i in range(members)]
     if kind == STANDARD and not rest:
-        return [Variant(name, config=replace(config, speculative=False))]
+        return [Variant(name, config=replace(config, speculative=False, share_passes=False))]
     if kind == "auto" and not rest:
         return [Variant(name, config=config)]
     if kind == "drafter" and rest:

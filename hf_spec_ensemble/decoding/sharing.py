@@ -16,6 +16,13 @@ from ..schedule.turns import Turns
 from .call import Call
 
 
+NONE_SHARED = (
+    "`share_passes=True`, but some members take turns as without it: no others share their weights, or they cannot be "
+    "rows of one pass. That takes growing caches of keys and values, prompts of text alone, and adapters that PEFT can "
+    "mix in a batch; in the standard ensemble also no beams and no samples with coupling maximal."
+)
+
+
 @dataclass(frozen=True)
 class Readers:
     """
@@ -46,6 +53,22 @@ class Readers:
     def weights(self, config: EnsembleConfig) -> list[float]:
         """What the members of each group have together; for a config of the members alone."""
         return [sum(config.weights[i] for i in group) for group in self.groups] if config.weights else []
+
+
+def may_share(call: Call) -> bool:
+    """
+    Whether members of a standard ensemble may run as rows of one pass; warns where that was asked for and is not so.
+
+    Not in a beam search, which reorders rows, nor where a seed's text is that of transformers' own draws.
+    """
+    config, settings = call.config, call.generation_config
+    own_draws = settings.do_sample and config.coupling == "maximal"
+    bases = {id(base_of(model)) for model in [call.model, *call.assistants]}
+    may = not (own_draws or (settings.num_beams or 1) > 1 or call.media or call.synced_gpus or call.running.static)
+    may &= not call.model.config.is_encoder_decoder and len(bases) <= len(call.assistants)
+    if config.share_passes is True and not may:
+        warn_once(NONE_SHARED)
+    return may and config.share_passes is not False
 
 
 def share_passes(call: Call, roles: Roles, each: Sequence[Member]) -> Readers:
@@ -93,11 +116,7 @@ def _warn_of_others(members: Sequence[Member], readers: Readers) -> None:
     alone = [group[0] for group in readers.groups if len(group) == 1]
     others = [i for i in alone if sum(base is bases[i] for base in bases) > 1]
     if others or len(alone) == len(members):
-        warn_once(
-            "`share_passes=True`, but some members take turns as without it: no others share their weights, or they "
-            "cannot be rows of one pass. That takes growing caches of keys and values, prompts of text alone, and "
-            "adapters that PEFT can mix in a batch."
-        )
+        warn_once(NONE_SHARED)
 
 
 def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
@@ -107,6 +126,8 @@ def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
     """
     config, batch, seats = roles.config(call.config), len(call.input_ids), roles.sharing(readers.groups)
     lengths, may_propose = seats.lengths(config), seats.may_propose(config)
+    if not config.speculative:
+        lengths = (0,) * len(seats.order)
     at_once = len(readers.all) if len(readers.all) < len(seats.order) else None
     known = [at_once == author or _cost(readers, author, batch, 1) is not None for author in range(len(seats.order))]
     may_propose = tuple(may and is_known for may, is_known in zip(may_propose, known))
@@ -116,10 +137,10 @@ def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
         return 0.0 if author == at_once else _cost(readers, author, batch, width) or dearest
 
     rule = ALL
-    if config.is_mixture and not call.shows_scores:
+    if config.speculative and config.is_mixture and not call.shows_scores:
         rule = ENOUGH if not call.generation_config.do_sample else OWNER if config.coupling == "ancestral" else ALL
     ones = tuple(int(may) for may in may_propose) if lengths is None else lengths
-    prompts = sum(cost(i, one.prompt_length) for i, one in enumerate(readers.all[: seats.members]))
+    prompts = sum(_prompt_cost(one, batch) or dearest for one in readers.all[: seats.members])
     return prompts + call.max_new_tokens * seconds_per_token(
         Turns(ones, seats.first, seats.members, at_once),
         may_propose if lengths is None else None,
@@ -129,6 +150,13 @@ def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
         readers.weights(config),
         batch,
     )
+
+
+def _prompt_cost(reader: Member | SharedMember, batch: int) -> float | None:
+    if not isinstance(reader, SharedMember) or reader.prompt_readers == [reader.whole]:
+        return reader.costs.seconds(batch, reader.prompt_length)
+    seconds = [own.costs.seconds(batch, own.prompt_length) for own in reader.prompt_readers]
+    return None if None in seconds else sum(seconds)
 
 
 def _cost(readers: Readers, author: int, batch: int, width: int) -> float | None:

@@ -1,4 +1,4 @@
-"""The speculative ensemble: prepare, loop, report."""
+"""The speculative ensemble: prepare, loop, report. Also the standard one, where its members share passes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ..compat import OUTPUT_CACHE, given_cache
+from ..config import AUTO
 from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.union import Map
-from ..members.cache import can_roll_back, decoder_layers, without_fresh_static_cache
+from ..members.cache import can_roll_back, decoder_layers, recording_as_before, without_fresh_static_cache
 from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
 from ..members.member import Member
@@ -40,7 +41,7 @@ from .output import EnsembleStats, Transcript, output_class
 from .requests import Rows
 from .scores import Context, MemberScores
 from .settling import All, Enough, Owner, settling_rule
-from .sharing import Readers, share_passes
+from .sharing import Readers, may_share, share_passes
 from .suffixes import Suffixes
 from .text import Text
 from .validate import check_prompt, shared_vocabulary
@@ -48,7 +49,31 @@ from .validate import check_prompt, shared_vocabulary
 
 def speculative(call: Call):
     """Decodes a call; returns what `ensemble_decoding` does."""
-    roles, readers, candidates_of = prepare(call)
+    return _decoded(call, *prepare(call))
+
+
+def standard_together(call: Call):
+    """
+    Decodes a standard ensemble whose members share passes: one that proposes nothing. `None`, and nothing is drawn or
+    read, where no members can share, or where separate passes are expected to be faster.
+    """
+    if not may_share(call):
+        return None
+    places = range(1 + len(call.assistants))
+    config = replace(call.config, trace=False, num_assistant_tokens=AUTO)  # neither plays a role
+    call = replace(call, config=config, drafter=None, prompts=[call.prompts[i] for i in places])
+    roles = _roles(call)
+    check_prompt(call.input_ids, [call.models[i] for i in roles.order])
+    with recording_as_before(call.cache) as keep:
+        each = _members(call, roles, reads_ahead=False)
+        readers = share_passes(call, roles, each)
+        shared = any(len(group) > 1 for group in readers.groups)
+        if shared:
+            keep()
+    return _decoded(call, *prepare(call, roles, each, readers)) if shared else None
+
+
+def _decoded(call: Call, roles: Roles, readers: Readers, candidates_of: EnsembleCandidateGenerator):
     final_scores = candidates_of.context.final_scores
     transcript = Transcript(call, final_scores, _teller(call, roles, candidates_of.text))
     start = time.perf_counter()
@@ -99,16 +124,21 @@ def rounds(candidates_of: EnsembleCandidateGenerator, transcript: Transcript | R
         yield
 
 
-def prepare(call: Call) -> tuple[Roles, Readers, EnsembleCandidateGenerator]:
-    """What a call is decoded with, checked. Not `speculative`, it is the standard ensemble: nothing is proposed."""
+def prepare(
+    call: Call, roles: Roles | None = None, each: list[Member] | None = None, readers: Readers | None = None
+) -> tuple[Roles, Readers, EnsembleCandidateGenerator]:
+    """
+    What a call is decoded with, checked. Not `speculative`, it is the standard ensemble: nothing is proposed.
+
+    Args:
+        roles, each, readers: If they are known already.
+    """
     models, config = call.models, call.config
-    roles = Roles.of(config, [m.num_parameters() for m in [call.model, *call.assistants]], call.drafter is not None)
-    if not config.speculative:
-        roles = replace(roles, order=roles.order[: roles.members])
+    roles = roles or _roles(call)
     if call.union is None:
         check_prompt(call.input_ids, [models[i] for i in roles.order[: roles.members]])
     input_ids = call.input_ids.long()  # as transformers' loops return them, whatever they were
-    each = _members(call, roles)
+    each = each or _members(call, roles)
     members = each[: roles.members]
     if call.union is None:
         vocabulary = shared_vocabulary([member.model for member in members])
@@ -143,7 +173,7 @@ def prepare(call: Call) -> tuple[Roles, Readers, EnsembleCandidateGenerator]:
         in_step=in_step,
         final_scores=FinalScores(len(input_ids), distribution.config.weights, *wanted) if late else None,
     )
-    readers = share_passes(call, roles, each)
+    readers = readers or share_passes(call, roles, each)
     seats = roles.sharing(readers.groups)
     authors: list[Author] = []
     for reader, numbers in zip(readers.all, readers.numbers):
@@ -163,8 +193,18 @@ def prepare(call: Call) -> tuple[Roles, Readers, EnsembleCandidateGenerator]:
     return roles, readers, candidates_of
 
 
-def _members(call: Call, roles: Roles) -> list[Member]:
-    """The members and the model that drafts, in the order of authors, checked."""
+def _roles(call: Call) -> Roles:
+    """Of all authors; of the members alone where nothing is proposed."""
+    sizes = [model.num_parameters() for model in [call.model, *call.assistants]]
+    roles = Roles.of(call.config, sizes, call.drafter is not None)
+    return roles if call.config.speculative else replace(roles, order=roles.order[: roles.members])
+
+
+def _members(call: Call, roles: Roles, reads_ahead: bool = True) -> list[Member]:
+    """
+    The members and the model that drafts, in the order of authors, checked; if they read ahead, also for reading
+    several tokens at once and for going back.
+    """
     models, running = call.models, call.running
     of_main_model = call.input_ids.long(), without_fresh_static_cache(call.model_kwargs)
     prepared = [of_main_model, *call.inputs_of(range(1, len(models)))]
@@ -179,7 +219,7 @@ def _members(call: Call, roles: Roles) -> list[Member]:
     for reader in readers if call.config.speculative else ():
         _check_roll_back(reader)
     if call.config.check_members:
-        check_reading(readers, speculative=True, ranks=call.ranks, new_tokens=call.max_new_tokens)
+        check_reading(readers, speculative=reads_ahead, ranks=call.ranks, new_tokens=call.max_new_tokens)
     if call.union is None:
         return readers
     places = [i for i in roles.order if i < len(models)]
@@ -258,7 +298,7 @@ def _report(
     def of_authors(name: str) -> list:
         """In the caller's order; 0 for members that run as another's rows."""
         entries = dict(zip(seats.order, (getattr(author, name) for author in authors)))
-        return roles.in_callers_order(entries.get(i, 0) for i in roles.order)
+        return [entries.get(i, 0) for i in range(len(call.names))]
 
     owners = _owners(roles, candidates_of, transcript)
     stats = EnsembleStats(
@@ -269,10 +309,12 @@ def _report(
         accepted=of_authors("accepted"),
         member_seconds=of_authors("seconds"),
         seconds=seconds,
-        owned=[] if owners is None else owned(owners, transcript.lengths, len(roles.order)),
+        owned=[] if owners is None else owned(owners, transcript.lengths, len(call.names)),
         shared=[sorted(roles.order[i] for i in group) for group in readers.groups if len(group) > 1],
         prompt_tokens_saved=sum(reader.saved for reader in readers.all if isinstance(reader, SharedMember)),
-        predicted_speedup=expected_speedup(candidates_of, readers, transcript.lengths.tolist()),
+        predicted_speedup=(
+            expected_speedup(candidates_of, readers, transcript.lengths.tolist()) if call.config.speculative else None
+        ),
         settled_early=candidates_of.settling.early if isinstance(candidates_of.settling, Enough) else None,
         row_tokens=transcript.lengths.tolist(),
         authors=call.names,

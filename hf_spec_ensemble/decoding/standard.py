@@ -1,4 +1,4 @@
-"""The standard ensemble, through transformers' own loops: prepare, loop, report."""
+"""The standard ensemble, through transformers' own loops unless members share passes: prepare, loop, report."""
 
 import copy
 import time
@@ -31,6 +31,7 @@ from .drawing import Ancestral, Gumbel, drawing_rule, owned
 from .logits_process import EnsembleLogitsProcessor
 from .names import titles_of
 from .output import EnsembleStats, output_class, pads_finished_rows
+from .speculative import standard_together
 from .validate import check_prompt
 
 
@@ -141,6 +142,8 @@ def standard(call: Call):
         warn_once("`trace=True` records what a speculative ensemble does; the standard ensemble records none.")
     if call.drafter is not None:
         warn_once("`drafter` is not used by the standard ensemble (EnsembleConfig(speculative=False)).")
+    if (output := standard_together(call)) is not None:
+        return output
     beams = (call.generation_config.num_beams or 1) > 1
     places = _places(call)
     ensemble = _ensemble(call, places, beams)

@@ -146,6 +146,21 @@ def put_last(layer: CacheLayerMixin, row: int, source: CacheLayerMixin, length: 
         getattr(layer, name)[row, :, held - length : held] = getattr(source, name)[0, :, -length:]
 
 
+def beside(caches: Sequence[Cache], slots: int) -> Cache:
+    """
+    The first of some growing caches, with the rows of all, one cache's behind the other's: what each holds becomes the
+    last of so many slots. The other caches are empty then.
+    """
+    for layers in zip(*map(decoder_layers, caches)):
+        for name in ("keys", "values") if holds_keys(layers[0]) else ():
+            rows = [getattr(layer, name) for layer in layers]  # [B, heads, S, D] each
+            padded = [torch.nn.functional.pad(each, (0, 0, slots - each.shape[2], 0)) for each in rows]
+            setattr(layers[0], name, torch.cat(padded))
+            for layer in layers[1:]:
+                setattr(layer, name, None)
+    return caches[0]
+
+
 def cut_to_window(layer: DynamicSlidingWindowLayer, pending: int) -> None:
     """Removes slots so old that no window reaches them, even after forgetting `pending` tokens."""
     if holds_keys(layer):
@@ -158,6 +173,19 @@ def cut_to_kernel(layer: LinearAttentionLayer, pending: int) -> None:
     for i, states in layer.conv_states.items():
         if states is not None:
             layer.conv_states[i] = states[..., -(layer.conv_kernel_size[i] + pending) :]
+
+
+@contextmanager
+def recording_as_before(cache: Cache | None):
+    """
+    Members let layers record what a roll-back may need. At the end they record it or not as before, unless what this
+    yields was called.
+    """
+    layers = [] if cache is None else [layer for layer in decoder_layers(cache) if hasattr(layer, "record_past")]
+    before = [(layer, layer.record_past) for layer in layers]
+    yield before.clear
+    for layer, recorded in before:
+        layer.record_past = recorded
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers import Cache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from .adapters import base_of
-from .cache import decoder_layers
+from .cache import beside, decoder_layers
 from .cached import CachedMember
 from .check import reading_of
 from .costs import ENOUGH, PassCosts, SharedCosts
@@ -23,8 +23,8 @@ from .runner import Runner
 from .snapshots import needs_snapshots
 
 
-# Prompt tokens that a common beginning must save, to be read in a pass of its own. A pass over few tokens takes as long
-# as this many more in one over many: fewer where arithmetic is slow.
+# Prompt tokens that a pass more must save, over a common beginning or over one member's prompts. A pass over few tokens
+# takes as long as this many more in one over many: fewer where arithmetic is slow.
 WORTH_A_PASS = {"cpu": 32}
 WORTH_A_PASS_ELSEWHERE = 512
 
@@ -74,7 +74,8 @@ def share(members: Sequence[CachedMember], longest: int, check: bool = True) -> 
         return None
     ids, mask = side_by_side([member.prompt for member in members], [member.prompt_visible for member in members])
     whole = _member(model, ids, mask)
-    common = Common(0, 0)
+    common, apart = Common(0, 0), False
+    worth = WORTH_A_PASS.get(whole.device.type, WORTH_A_PASS_ELSEWHERE)
     if check:
         one = _member(members[0].model, ids, mask)  # a trial has any number of rows, so not of mixed adapters
         reading = reading_of(one, speculative=True, rows=True, padded=not mask.all(), longest=longest)
@@ -82,13 +83,18 @@ def share(members: Sequence[CachedMember], longest: int, check: bool = True) -> 
         stricter = len(members[0].prompt) > 1 and whole.in_step and not members[0].in_step
         if reading.fault is not None or reading.unknown is not None or reading.minds_padding or stricter:
             return None
-        if not (whole.in_step or whole.windowed or isinstance(model, MixedAdapters)):
-            common = Common.of(ids, mask, len(members))
-    if common.saved(len(ids)) >= WORTH_A_PASS.get(whole.device.type, WORTH_A_PASS_ELSEWHERE):
+        if not (whole.in_step or whole.windowed):
+            padding = ids.numel() - sum(member.prompt.numel() for member in members)
+            gained, common_gains = padding - worth * (len(members) - 1), -1
+            if not isinstance(model, MixedAdapters):
+                common = Common.of(ids, mask, len(members))
+                common_gains = common.saved(len(ids)) - worth
+            apart = gained >= 0 and gained > common_gains and all(type(x) is DynamicLayer for x in whole.cache.layers)
+            if apart or common_gains < 0:
+                common = Common(0, 0)
+    if common.length:
         whole = _member(model, *common.in_front(ids, mask))
-    else:
-        common = Common(0, 0)
-    return SharedMember(whole, members, common)
+    return SharedMember(whole, members, common, apart)
 
 
 def side_by_side(prompts: Sequence[torch.Tensor], visible: Sequence[np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
@@ -168,15 +174,17 @@ class SharedMember:
     Several members as rows of one: row g * B + b of that is row b of the g-th. To who runs it a member of B rows, but
     that `score` gives the logits of G * B, and `release` the first member's cache.
 
-    State: the whole's, and whether the common beginning was read.
+    State: the whole's, and whether the prompts' readers or that of the common beginning have read.
 
     Args:
         whole (`CachedMember`): Of G * B rows, which has read nothing.
         members (`Sequence[CachedMember]`, G): Those that it stands for.
         common (`Common`): What the whole's prompts have in front, to be read first; perhaps nothing.
+        apart (`bool`): Whether each member's prompts are read in a pass of their own, since they differ in length. The
+            caches are laid side by side then.
     """
 
-    def __init__(self, whole: CachedMember, members: Sequence[CachedMember], common: Common):
+    def __init__(self, whole: CachedMember, members: Sequence[CachedMember], common: Common, apart: bool = False):
         self.whole, self.common = whole, common
         self.contexts, self.batch = len(members), len(members[0].prompt)
         self.model, self.runner, self.stopwatch = whole.model, whole.runner, whole.stopwatch
@@ -184,7 +192,11 @@ class SharedMember:
         self.prompt_length = whole.prompt_length
         self.saved = common.saved(len(whole.prompt))  # tokens of the prompts that are not read
         self._first_prompt_length = members[0].prompt_length
-        self._passes = 0  # over what is common
+        self._passes = 0  # over what is common, or over prompts apart
+        own = [_member(member.model, member.prompt, member.prompt_visible) for member in members if apart]
+        self.prompt_readers: list[CachedMember] = own or [whole]
+        for reader in own:
+            reader.stopwatch = self.stopwatch
 
     @property
     def passes(self) -> int:
@@ -203,7 +215,9 @@ class SharedMember:
 
     def score(self, new: torch.Tensor, end: np.ndarray, width: int = 0, skip: int = 0) -> torch.Tensor:
         """As `Member.score` for B rows, but that the result is `[G * B, K - skip, V]`."""
-        if self.common.length and not self.passes:
+        if not self.passes and self.prompt_readers[0] is not self.whole:
+            return self._begin_apart(new, end, width)[:, skip:]
+        if not self.passes and self.common.length:
             self._read_what_is_common()
         return self.whole.score(new.repeat(self.contexts, 1), np.tile(end, self.contexts), width, skip)
 
@@ -221,6 +235,16 @@ class SharedMember:
     def close(self) -> None:
         """As `Member.close`."""
         self.whole.close()
+
+    def _begin_apart(self, new: torch.Tensor, end: np.ndarray, width: int) -> torch.Tensor:
+        """The first pass over each member's prompts, and one over new tokens if there are any."""
+        readers, self.prompt_readers = self.prompt_readers, [self.whole]
+        logits = torch.cat([reader.score(new[:, :0], np.zeros_like(end))[:, -1:] for reader in readers])
+        self._passes = len(readers)
+        self.whole.begin_with(beside([reader.cache for reader in readers], self.prompt_length))
+        if end.any():
+            logits = torch.cat([logits, self.score(new, end, width)], dim=1)
+        return logits
 
     def _read_what_is_common(self) -> None:
         rows, whole = self.common.rows, self.whole

@@ -92,7 +92,3 @@ class Roles:
         else:
             lengths = [given[i] for i in self.order]
         return tuple(length * may for length, may in zip(lengths, self.may_propose(config)))
-
-    def in_callers_order(self, by_author: Sequence) -> list:
-        """A list with an entry for each author, in the order in which the caller gave them."""
-        return [entry for _, entry in sorted(zip(self.order, by_author), key=lambda pair: pair[0])]
