@@ -38,18 +38,18 @@ FAVOURED = [
 ]
 
 
-def byte_level(size: int, special=("<pad>", "<bos>", "<eos>")) -> PreTrainedTokenizerFast:
+def byte_level(size: int, **special: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(kinds.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return _fast(tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def sentencepiece(size: int) -> PreTrainedTokenizerFast:
+def sentencepiece(size: int, **special: str) -> PreTrainedTokenizerFast:
     """As Gemma's: spaces are U+2581, unknown characters are written as bytes."""
     trained = Tokenizer(kinds.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
@@ -57,28 +57,29 @@ def sentencepiece(size: int) -> PreTrainedTokenizerFast:
     few = trainers.BpeTrainer(vocab_size=size - 256 - 4, show_progress=False)
     trained.train_from_iterator(PLAIN, few)  # other characters of CORPUS are left to bytes
     model = json.loads(trained.to_str())["model"]
-    names = ["<eos>", "<pad>", "<bos>", "<unk>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    names = [*special.values(), *[f"<0x{byte:02X}>" for byte in range(256)]]
     names += sorted(model["vocab"], key=model["vocab"].get)
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
     known = {name: i for i, name in enumerate(names)}
-    tokenizer = Tokenizer(kinds.BPE(known, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(kinds.BPE(known, merges, byte_fallback=True, unk_token=special["unk_token"], fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names[:4]])
-    return _fast(tokenizer, unk_token="<unk>")
-
-
-def _fast(tokenizer: Tokenizer, **special) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", **special
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 @functools.cache
 def tokenizers() -> list[PreTrainedTokenizerFast]:
-    """A byte-level BPE of 300 tokens, another of 400 with other ids, and one like SentencePiece's."""
-    return [byte_level(300), byte_level(400, ("<eos>", "<bos>", "<pad>")), sentencepiece(460)]
+    """
+    A byte-level BPE of 300 tokens, another of 400 with other ids, and one like SentencePiece's. Each has a name of its
+    own for the end of a text, and one's name for it is another's padding.
+    """
+    return [
+        byte_level(300, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"),
+        byte_level(400, eos_token="</s>", bos_token="<bos>", pad_token="<eos>"),
+        sentencepiece(460, eos_token="<end>", pad_token="<pad>", bos_token="<s>", unk_token="<unk>"),
+    ]
 
 
 @functools.cache
@@ -129,8 +130,8 @@ def strings(tokenizer) -> list[bytes | None]:
 
 class Definition:
     """
-    The ensemble over the union. A token of U is a string, or "eos"; the main model's other special tokens have none of
-    the others' probability.
+    The ensemble over the union. A token of U is a string, or what a special token is for: one that only other members
+    have is left out.
 
     Args:
         models, tokenizers (lists of N): The members.
@@ -141,13 +142,15 @@ class Definition:
     def __init__(self, models, tokenizers, mix, common=False):
         self.models, self.tokenizers, self.mix = models, tokenizers, mix
         self.own = [self._own(tokenizer) for tokenizer in tokenizers]
+        if tokenizers[0].unk_token_id is not None:
+            self.own[0]["unk"] = [tokenizers[0].unk_token_id]
         every = list(dict.fromkeys(itertools.chain(*self.own)))
         self.names = [name for name in every if all(name in own for own in self.own)] if common else every
         self.place = {name: u for u, name in enumerate(self.names)}
 
     @staticmethod
     def _own(tokenizer) -> dict:
-        own = {"eos": [tokenizer.eos_token_id]}
+        own = {role: [getattr(tokenizer, f"{role}_token_id")] for role in ("eos", "pad", "bos")}
         for token, string in enumerate(strings(tokenizer)):
             if string:
                 own.setdefault(string, []).append(token)
@@ -192,12 +195,16 @@ class Definition:
     def prompts(self, text: str) -> list[list[int]]:
         return [tokenizer(text)["input_ids"] for tokenizer in self.tokenizers]
 
-    def greedy(self, text: str, max_new_tokens: int) -> list[int]:
-        """In the main model's ids."""
+    def greedy_names(self, text: str, max_new_tokens: int) -> tuple:
+        """The most probable text after a prompt, one token after the other."""
         prompts, names = self.prompts(text), ()
         while len(names) < max_new_tokens and "eos" not in names:
             names += (self.names[int(self.following(prompts, [names])[0].argmax())],)
-        return self.written(names)
+        return names
+
+    def greedy(self, text: str, max_new_tokens: int) -> list[int]:
+        """The same in the main model's ids."""
+        return self.written(self.greedy_names(text, max_new_tokens))
 
     def likely(self, text: str, length: int, least: float) -> dict[tuple[int, ...], float]:
         """Texts of so many tokens, or ended, in the main model's ids, with probabilities; the rarest are left out."""

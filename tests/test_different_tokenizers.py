@@ -1,10 +1,18 @@
 """Members with different tokenizers: texts are those of the ensemble over the union, by its definition."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from mixed import TEXTS, Definition, family
+from transformers import LlamaForCausalLM, TextStreamer
 
 from hf_spec_ensemble import EnsembleConfig
+from hf_spec_ensemble.ensemble.spelling import spelling_of
+from hf_spec_ensemble.ensemble.union import Vocabulary, union_of
+from hf_spec_ensemble.members.translated import TranslatedMember
+from hf_spec_ensemble.members.uncached import member_of
 
 
 ORDERS = [(0, 2), (2, 0), (0, 1, 2), (2, 1, 0)]
@@ -86,6 +94,65 @@ def test_greedy_text_is_the_definitions(name, order, batch):
     for more in (dict(num_assistant_tokens=3), dict(speculative=False), {}):
         out, length = generate(order, TEXTS[:batch], name, do_sample=False, **more)
         assert new_tokens(out, length, order) == wanted
+
+
+@pytest.mark.parametrize("order", [(0, 2), (2, 0)])
+def test_stop_strings_and_streamers_follow_what_is_written(order, capsys):
+    tokenizer, by_definition = family(order)[1][0], definition(order, "weighted")
+    names = by_definition.greedy_names(TEXTS[1], 12)
+    written = [by_definition.written(names[: n + 1]) for n in range(len(names))]
+    texts = [tokenizer.decode(ids) for ids in written]
+    # Within the text, and only there; of characters that the last token before has no part of
+    pairs = [texts[-1][k : k + 2] for k in range(len(texts[3]), len(texts[-1]))]
+    stop = next(pair for pair in pairs if pair.isascii() and pair.isalpha() and pair not in texts[3])
+    expected = next(ids for ids, text in zip(written, texts) if stop in text)
+    for more in ({}, dict(speculative=False)):
+        out, length = generate(order, TEXTS[1:2], "weighted", do_sample=False, stop_strings=stop, **more)
+        assert out[0, length:].tolist() == expected
+        streamer = TextStreamer(tokenizer, skip_prompt=True)
+        out, length = generate(order, TEXTS[1:2], "weighted", do_sample=False, streamer=streamer, **more)
+        assert capsys.readouterr().out == tokenizer.decode(out[0, length:]) + "\n"
+        assert out[0, length:].tolist() == written[-1]
+
+
+def test_a_token_may_be_four_of_another_member():
+    """A member reads them in one pass, and takes them back as one."""
+    models, (tokenizer, theirs) = family((2, 0))
+    spellings = [spelling_of(each) for each in (tokenizer, theirs)]
+    own = [Vocabulary(s, len(t), (t.eos_token_id,)) for s, t in zip(spellings, (tokenizer, theirs))]
+    way = union_of(tuple(own)).maps[1]
+    long = next(u for u in range(len(tokenizer)) if len(way.read(u)) == 4)
+    after = tokenizer.encode(" the answer", add_special_tokens=False)
+    prompt = torch.tensor([theirs.encode("Ann has")])
+    member = TranslatedMember(member_of(models[1], {"attention_mask": torch.ones_like(prompt)}, prompt), way)
+
+    def score(new, end):
+        return member.score(torch.tensor([new]), np.array([end]))[0]
+
+    def expected(*texts):
+        rows = [torch.tensor([[*prompt[0].tolist(), *(t for u in text for t in way.read(u))]]) for text in texts]
+        return torch.stack([way.logits(models[1](row).logits[0, -1]) for row in rows])
+
+    with torch.no_grad():
+        text = [after[0], long, *after]
+        assert torch.allclose(score(text, 3), expected(*(text[:n] for n in range(4))))
+        assert member.seen.tolist() == [3] and member.passes == 1
+        member.forget(np.array([1]), np.array([1]))
+        other = [after[0], after[0], long, long]
+        assert torch.allclose(score(other, 4), expected(*(other[:n] for n in range(2, 5))))
+        member.forget(np.array([3]), np.array([2]))
+        assert torch.allclose(score(other, 4), expected(other))
+
+
+def test_rotary_embeddings_may_change_earlier_than_texts_in_the_unions_tokens_grow():
+    models, tokenizers = family((2, 0))
+    config = copy.deepcopy(models[1].config)
+    config.rope_parameters = dict(rope_type="dynamic", factor=4.0, rope_theta=1e4)
+    config.max_position_embeddings = len(tokenizers[1](TEXTS[0])["input_ids"]) + 4
+    dynamic = LlamaForCausalLM(config).double().eval()
+    call = dict(tokenizer=tokenizers[0], assistant_tokenizer=tokenizers[1], ensemble_config=EnsembleConfig())
+    with pytest.raises(ValueError, match="dynamic.*change when a text gets longer"):
+        models[0].generate(**encoded(tokenizers[0], TEXTS[:1]), assistant_model=dynamic, max_new_tokens=4, **call)
 
 
 # --- Samples ------------------------------------------------------------------------------------------------------

@@ -87,12 +87,13 @@ def measure_curves(
     """
     inputs = lengthened(inputs, new_tokens // 2, None if longest is None else longest - max(widths))
     prompt, mask = inputs["input_ids"], {"attention_mask": inputs["attention_mask"]}
-    ahead = prompt[:, -1:].repeat(1, max(widths))
+    ahead = prompt[:, -1:].repeat(1, max(widths)).clamp(max=min(map(_vocabulary, models.values())) - 1)
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)  # 0: the prompt
     nothing = np.zeros(len(prompt), int)
     for _ in range(ROUNDS):
         members = {
-            name: member_of(model, mask, prompt, running.runner(model, len(prompt))) for name, model in models.items()
+            name: member_of(model, mask, _known(prompt, model), running.runner(model, len(prompt)))
+            for name, model in models.items()
         }
         for name, member in members.items():
             member.score(ahead, nothing)
@@ -115,6 +116,15 @@ def measure_curves(
         }
         for name, model in models.items()
     }
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _known(prompt: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """As many tokens that a model with another tokenizer knows: what a pass costs does not depend on which."""
+    return prompt.clamp(max=_vocabulary(model) - 1)
 
 
 def _last_lap(member: Member) -> float:

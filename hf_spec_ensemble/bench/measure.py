@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batches import generate_batch
+from ..members.prompts import with_prompt
 from ..members.stopwatch import Stopwatch
 from ..members.warmup import warmup
 from ..tools.arguments import locate
@@ -150,7 +151,7 @@ class Bench:
             if variant.prefix == BATCHED:
                 self._serve(condition, variant, [group], self.settings.seeds[0])
             else:
-                self._generate(condition, variant, group.prompts, self.settings.seeds[0])
+                self._generate(condition, variant, group, self.settings.seeds[0])
 
     def _measure_curves(self, condition: Condition, variants: Sequence[Variant]) -> None:
         """Records, and shows, what passes cost of which these variants consist, as far as that is not recorded."""
@@ -182,19 +183,21 @@ class Bench:
             self.records.add(key | {"seconds": sum(seconds), "member_seconds": seconds})
 
     def _measure(self, condition: Condition, variant: Variant, group: Group, seed: int, repeat: int) -> Record:
+        name = self._reads(condition, variant)
+        prompts = group.own.get(name, group.prompts)
         if variant.prefix == BATCHED:
             tokens, took = self._served(condition, variant, group, seed, repeat)
         else:
-            seconds, output, passes = self._generate(condition, variant, group.prompts, seed)
-            length = max(len(ids) for ids in group.prompts)
-            tokens = [_until_end(row, self._ends) for row in output.sequences[:, length:].tolist()]
+            seconds, output, passes = self._generate(condition, variant, group, seed)
+            length = max(len(ids) for ids in prompts)
+            tokens = [_until_end(row, self._ends_of(name)) for row in output.sequences[:, length:].tolist()]
             took = {"seconds": seconds, **self._statistics(output, passes, seconds)}
-        texts = self.plan.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self._tokenizer(name).batch_decode(tokens, skip_special_tokens=True)
         return {
             **_key(condition, variant.name, group, seed, repeat),
             "processes": self.process.world,
             "prompt": _digest(group),
-            "prompt_tokens": [len(ids) for ids in group.prompts],
+            "prompt_tokens": [len(ids) for ids in prompts],
             "new_tokens": sum(len(row) for row in tokens),
             **took,
             "scores": self._scores(condition, group, texts),
@@ -227,13 +230,15 @@ class Bench:
         return [task.score(row, text) for row, text in zip(group.rows, texts)]
 
     def _generate(
-        self, condition: Condition, variant: Variant, prompts: Sequence[Sequence[int]], seed: int, **more: Any
+        self, condition: Condition, variant: Variant, group: Group, seed: int, **more: Any
     ) -> tuple[float, Any, "Passes"]:
         """A timed call of `generate()`: seconds, its output, and the passes that were seen."""
-        members = self._members(condition)
+        members, name = self._members(condition), self._reads(condition, variant)
         model, arguments = variant.arguments(members, self._models)
+        if self.plan.others and variant.alone is None:
+            arguments |= self._of_union(condition, variant, group)
         arguments |= {"return_dict_in_generate": True} | self._settings(condition, variant) | more
-        inputs = batch_of(prompts, self._padding["pad_token_id"], model.device)
+        inputs = batch_of(group.own.get(name, group.prompts), self._padding_of(name)["pad_token_id"], model.device)
         with variant.prepared(members), Passes([] if variant.config else members) as passes:
             torch.manual_seed(seed)
             _synchronize(model.device)
@@ -291,7 +296,28 @@ class Bench:
         settings = {"max_new_tokens": self.settings.max_new_tokens}
         if condition.prompt_length is not None and self._ends:  # a prompt that was cut may end the text at once
             settings["suppress_tokens"] = self._ends
-        return settings | self._caches(condition, variant) | self._padding | _sampling(condition.temperature)
+        padding = self._padding_of(self._reads(condition, variant))
+        return settings | self._caches(condition, variant) | padding | _sampling(condition.temperature)
+
+    def _reads(self, condition: Condition, variant: Variant) -> str:
+        """The name of the member whose `generate()` runs."""
+        return self.plan.member_names(condition.members)[variant.alone or 0]
+
+    def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        return self.plan.others.get(name, self.plan.tokenizer)
+
+    def _of_union(self, condition: Condition, variant: Variant, group: Group) -> dict[str, Any]:
+        """Arguments of `generate()` for members with different tokenizers, each with the prompt in its own tokens."""
+        names = self.plan.member_names(condition.members)[1:]
+        if variant.assisted is not None:  # transformers' own writes the prompt anew
+            return {"tokenizer": self.plan.tokenizer, "assistant_tokenizer": self._tokenizer(names[0])}
+        models = [self._models[name] for name in names]
+        for i, name in enumerate(names):
+            if name in group.own:
+                pad = self._padding_of(name)["pad_token_id"]
+                models[i] = with_prompt(models[i], **batch_of(group.own[name], pad, models[i].device))
+        tokenizers = [self._tokenizer(name) for name in names]
+        return {"assistant_model": models, "tokenizer": self.plan.tokenizer, "assistant_tokenizer": tokenizers}
 
     def _caches(self, condition: Condition, variant: Variant) -> dict[str, Any]:
         """Arguments of `generate()` for static caches, one size for all prompts, and compiled passes."""
@@ -302,30 +328,38 @@ class Bench:
             return static | {"compile_config": self.plan.compile_config}
         return static | {"disable_compile": True}  # which a GPU would do unasked
 
-    @cached_property
+    @property
     def _ends(self) -> list[int]:
-        """The tokens that end a text: the main model's, for every variant."""
-        ends = self._models[self.settings.members[0]].generation_config.eos_token_id
+        """The tokens that end a text: the main model's, for every variant that it writes."""
+        return self._ends_of(self.settings.members[0])
+
+    def _ends_of(self, name: str) -> list[int]:
+        """Those of a member; the main model's where it has no tokenizer of its own."""
+        name = name if name in self.plan.others else self.settings.members[0]
+        ends = self._models[name].generation_config.eos_token_id
         if ends is None:
-            ends = self.plan.tokenizer.eos_token_id
+            ends = self._tokenizer(name).eos_token_id
         return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
-    @cached_property
+    @property
     def _padding(self) -> dict[str, Any]:
-        pad = self.plan.tokenizer.pad_token_id
+        return self._padding_of(self.settings.members[0])
+
+    def _padding_of(self, name: str) -> dict[str, Any]:
+        pad, ends = self._tokenizer(name).pad_token_id, self._ends_of(name)
         if pad is None:
-            pad = self._ends[0] if self._ends else 0
-        return {"pad_token_id": pad, "eos_token_id": self._ends or None}
+            pad = ends[0] if ends else 0
+        return {"pad_token_id": pad, "eos_token_id": ends or None}
 
     # What the texts of greedy variants of the ensemble have to do with the standard ensemble's
 
     def _compare(self, condition: Condition) -> None:
         """Records where greedy texts leave the standard ensemble's, and how close the decision was there."""
-        for key, ids in list(self._divergences(condition, self.process.rank)):
-            self.records.add(key | {"gap": self._gap(condition, ids)})
+        for key, *text in list(self._divergences(condition, self.process.rank)):
+            self.records.add(key | {"gap": self._gap(condition, *text)})
 
-    def _divergences(self, condition: Condition, rank: int | None) -> Iterator[tuple[Record, list[int]]]:
-        """Those of a share that are not recorded, without gaps, and the ids up to where texts differ."""
+    def _divergences(self, condition: Condition, rank: int | None) -> Iterator[tuple[Record, Group, list[int]]]:
+        """Those of a share that are not recorded, without gaps; the prompt, and the text up to where texts differ."""
         if condition.temperature > 0:
             return
         for _, variant, group, seed, repeat in self._units(condition, rank):
@@ -337,13 +371,21 @@ class Bench:
                 key = _key(condition, variant.name, group, seed, repeat) | {"kind": "divergence", "row": row}
                 if expected != got and key not in self.records:
                     position = first_difference(expected, got)
-                    yield key | {"position": position}, [*group.prompts[row], *expected[:position]]
+                    own = {name: (prompts[row],) for name, prompts in group.own.items()}
+                    yield key | {"position": position}, Group(0, (), (group.prompts[row],), own), expected[:position]
 
-    def _gap(self, condition: Condition, ids: list[int]) -> float:
+    def _gap(self, condition: Condition, group: Group, written: list[int]) -> float:
         """By how much the ensemble's most probable next token leads, in log-probability."""
-        standard = self.plan.variants(condition)[0]
-        _, output, _ = self._generate(condition, standard, [ids], 0, max_new_tokens=1, output_scores=True)
-        first, second = output.scores[0][0].topk(2).values.tolist()
+        standard, new = self.plan.variants(condition)[0], 1
+        if group.own:  # the text is written again: others cannot be given its tokens
+            new = len(written) + 1
+        else:
+            group = Group(0, (), ((*group.prompts[0], *written),))
+        output = None
+        while output is None or (new > 1 and output.sequences.shape[1] - len(group.prompts[0]) > len(written) + 1):
+            new -= output is not None  # tokens that are written as several
+            _, output, _ = self._generate(condition, standard, group, 0, max_new_tokens=new, output_scores=True)
+        first, second = output.scores[-1][0].topk(2).values.tolist()
         return first - second
 
 

@@ -6,21 +6,23 @@ All errors in the settings are found here, before a model is loaded.
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, CompileConfig
+from transformers import AutoConfig, AutoTokenizer, CompileConfig, PreTrainedTokenizerBase
 
 from ..config import EnsembleConfig
 from ..decoding.vocabulary import UNCOMPARED, Tokens, check_tokens, tokens_of
+from ..hub.references import MemberReference
+from ..hub.tokenizers import tokenizers_of
 from ..tools.arguments import check_device, locate
 from .sandbox import can_run, enforced
 from .tasks import TASKS, Row, encode, load_rows
-from .variants import COMPILED, STANDARD, TAKE_LENGTHS, Variant, parse, split
+from .variants import COMPILED, STANDARD, TAKE_LENGTHS, Variant, kind_of, parse, split
 
 
 AUTO = "auto"  # as dtype
@@ -119,11 +121,15 @@ class Condition:
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts that are decoded together: their place, rows and ids."""
+    """
+    Prompts that are decoded together: their place, rows and ids, and these by the names of members with tokenizers of
+    their own.
+    """
 
     index: int
     rows: tuple[Row, ...]
     prompts: tuple[tuple[int, ...], ...]
+    own: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
 
 class Plan:
@@ -145,8 +151,13 @@ class Plan:
         self._variants = {condition: self._variants_in(condition) for condition in self.conditions}
         self._check_freeze()
         self.tokenizer = _read(AutoTokenizer, settings.members[0])
-        self._check_tokenizers()
+        self.others = self._other_tokenizers()
+        if self.others:
+            self._check_union()
+        else:
+            self._check_tokenizers()
         self.longest = self._longest()
+        self._own_prompts: dict[str, dict[str, list[list[int]]]] = {}
         self._prompts = {task: self._read_task(task) for task in settings.tasks}
         self._check_lengths()
 
@@ -159,9 +170,13 @@ class Plan:
         rows, prompts = self._prompts[condition.task]
         if condition.prompt_length is not None:
             prompts = [_stretched(prompts, i, condition.prompt_length) for i in range(len(prompts))]
-        size = condition.batch_size
+        size, own = condition.batch_size, self._own_prompts[condition.task]
+
+        def batch(each: Sequence[Sequence[int]], i: int) -> tuple[tuple[int, ...], ...]:
+            return tuple(tuple(ids) for ids in each[i * size :][:size])
+
         return [
-            Group(i, tuple(rows[i * size : (i + 1) * size]), tuple(tuple(ids) for ids in prompts[i * size :][:size]))
+            Group(i, tuple(rows[i * size :][:size]), batch(prompts, i), {name: batch(own[name], i) for name in own})
             for i in range(len(rows) // size)
         ]
 
@@ -272,6 +287,34 @@ class Plan:
                 variants |= {variant.name: variant for variant in parsed}
         return list(variants.values())
 
+    def _other_tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """By their names, those of members that have tokenizers of their own; none where all share one."""
+        names = list(dict.fromkeys(self.settings.members))
+        for name in names:
+            _read(AutoConfig, name)  # raises for what is no model
+        _, found = tokenizers_of([MemberReference(locate(name)) for name in names], None, {})
+        pairs = zip(names[1:], found or [])
+        return {name: tokenizer for name, tokenizer in pairs if tokenizer.get_vocab() != self.tokenizer.get_vocab()}
+
+    def _check_union(self) -> None:
+        """What cannot be measured of members with different tokenizers."""
+        every = [variant for variants in self._variants.values() for variant in variants]
+        static = [variant.name for variant in every if variant.prefix]
+        if static:
+            raise ValueError(f"Members with different tokenizers have no static caches or refilled rows: leave out {static[0]}.")
+        if self.drafters:
+            raise ValueError(f"Members with different tokenizers: leave out drafter:{self.drafters[0]}.")
+        if self.settings.curve == "prompt-length":
+            raise ValueError("Members with different tokenizers have prompts of different lengths: leave out --curve.")
+        for condition, variants in self._variants.items():
+            self._variants[condition] = [one for one in variants if one.loop is None and one.weight is None]
+        left = sorted({kind_of(one.name) for one in every if one.loop is not None or one.weight is not None})
+        self.notes += [f"{name} is left out: it takes members that share a tokenizer." for name in left]
+        self.notes.append(
+            "The members have different tokenizers, and each reads the prompt by its own. Tokens are the main model's; "
+            "of a member alone they are its own, so that their speeds do not compare."
+        )
+
     def _check_tokenizers(self) -> None:
         names = list(dict.fromkeys([*self.settings.members, *self.drafters]))
         sizes = [_read(AutoConfig, name).get_text_config().vocab_size for name in names]
@@ -300,8 +343,13 @@ class Plan:
         rows, examples = load_rows(name, s.num_prompts, shots, s.data_files.get(name))
         if len(rows) < s.num_prompts:
             self.notes.append(f"{name} has {len(rows)} prompts for the {s.num_prompts} wanted.")
-        chat = s.chat and self.tokenizer.chat_template is not None
-        return rows, [encode(task, row, examples, self.tokenizer, chat) for row in rows]
+
+        def encoded(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+            chat = s.chat and tokenizer.chat_template is not None
+            return [encode(task, row, examples, tokenizer, chat) for row in rows]
+
+        self._own_prompts[name] = {member: encoded(tokenizer) for member, tokenizer in self.others.items()}
+        return rows, encoded(self.tokenizer)
 
     def _check_lengths(self) -> None:
         s = self.settings
@@ -324,7 +372,7 @@ class Plan:
                 raise ValueError(self.notes[-1])
             return
         for task, (_, prompts) in self._prompts.items():
-            length = max(len(ids) for ids in prompts)
+            length = max(len(ids) for each in (prompts, *self._own_prompts[task].values()) for ids in each)
             if length + s.max_new_tokens > self.longest:
                 raise ValueError(
                     f"A prompt of {task} has {length} tokens, which with {s.max_new_tokens} new ones exceeds the "

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..config import EnsembleConfig
+from ..ensemble.wide import argmax
 from .verify import (
     acceptance_probs,
     draw,
@@ -40,13 +41,13 @@ class Greedy:
     needs_q = False
 
     def propose(self, q, position):
-        return q.argmax(-1)
+        return argmax(q)
 
     def verify(self, tokens, q, r, proposed, position):
-        return verify_match(tokens, r.argmax(-1), proposed)
+        return verify_match(tokens, argmax(r), proposed)
 
     def acceptance(self, tokens, q, r):
-        return (tokens == r.argmax(-1)).to(q.dtype)
+        return (tokens == argmax(r)).to(q.dtype)
 
 
 class Gumbel:
@@ -67,11 +68,11 @@ class Gumbel:
         return np.arange(batch) if self.numbers is None else self.numbers
 
     def propose(self, q, position):
-        return (q / self._noise_at(position, q)).argmax(-1)
+        return argmax(q / self._noise_at(position, q))
 
     def verify(self, tokens, q, r, proposed, position):
         noise = [self._noise_at(position + j, r[:, j]) for j in range(r.shape[1])]
-        target = torch.stack([(r[:, j] / noise[j]).argmax(-1) for j in range(r.shape[1])], dim=1)
+        target = torch.stack([argmax(r[:, j] / noise[j]) for j in range(r.shape[1])], dim=1)
         return verify_match(tokens, target, proposed)
 
     def acceptance(self, tokens, q, r):

@@ -151,6 +151,21 @@ def prompts_for(
     return prompts
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What a member reads of a text that goes on: the token that begins it, if there is one, but none that ends it."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else ids
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict]) -> list[int]:
+    """A prompt, or messages by the chat template; without one their texts are read, with blank lines between."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(message["content"] for message in prompt))["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
     visible = torch.ones_like(ids).bool() if mask is None else mask.bool()
     special, texts = set(tokenizer.all_special_ids), []
@@ -166,8 +181,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Te
 
 
 def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompt:
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    rows = [row[:-1] if row and row[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else row for row in rows]
+    rows = [text_ids(tokenizer, text) for text in texts]
     if not all(rows):
         raise ValueError(
             f"The prompt {texts[rows.index([])]!r} is empty in the tokens of a {type(model).__name__}, whose tokenizer "

@@ -22,6 +22,7 @@ import torch
 
 from ..config import EnsembleConfig
 from ..ensemble.combine import mixture
+from ..ensemble.wide import greatest_two
 from ..schedule.simulation import AllSettle, EnoughSettle, OwnerSettles
 from .drawing import Ancestral, Greedy
 from .scores import Context, MemberScores
@@ -193,7 +194,7 @@ class Enough:
             if len(known) > KNOWN:
                 known.clear()
             total, others = self._sum(members, row, j)
-            first, second = total.topk(2).values.tolist()
+            first, second = greatest_two(total)
             # In float32, however precise these are: the others' may be less so
             known[key] = first - second > others + ROUNDING * torch.finfo(torch.float32).eps
             count, hits = self._counts.get(have, (0, 0))

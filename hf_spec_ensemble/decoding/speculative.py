@@ -218,12 +218,11 @@ def _members(call: Call, roles: Roles, reads_ahead: bool = True) -> list[Member]
     ]
     for reader in readers if call.config.speculative else ():
         _check_roll_back(reader)
+    ways = None if call.union is None else [call.union.maps[i] for i in roles.order if i < len(models)]
     if call.config.check_members:
-        check_reading(readers, speculative=reads_ahead, ranks=call.ranks, new_tokens=call.max_new_tokens)
-    if call.union is None:
-        return readers
-    places = [i for i in roles.order if i < len(models)]
-    return [_translated(reader, call.union.maps[i]) for reader, i in zip(readers, places)]
+        most = call.max_new_tokens if ways is None else [call.max_new_tokens * way.most for way in ways]
+        check_reading(readers, speculative=reads_ahead, ranks=call.ranks, new_tokens=most)
+    return readers if ways is None else [_translated(reader, way) for reader, way in zip(readers, ways)]
 
 
 def _translated(member: Member, way: Map) -> Member:

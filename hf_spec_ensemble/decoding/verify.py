@@ -205,10 +205,15 @@ def exponential_noise(
     """
     key = _mix(_mix(seed + _STEP * (rows + 1)) + _STEP * (positions + 1))
     key = torch.from_numpy(key).to(device)
+    counters = _counters(vocab_size, key.device)
     if key.device.type != "cpu":
-        return _exponential(key, vocab_size, dtype)
-    parts = key.flatten().split(max(IN_CACHE // vocab_size, 1))
-    return torch.cat([_exponential(part, vocab_size, dtype) for part in parts]).view(*key.shape, vocab_size)
+        return _exponential(key, counters, dtype)
+    noise = torch.empty(key.numel(), vocab_size, dtype=dtype)
+    rows = max(IN_CACHE // vocab_size, 1)
+    for part, made in zip(key.flatten().split(rows), noise.split(rows)):
+        for some, there in zip(counters.split(IN_CACHE), made.split(IN_CACHE, dim=1)):
+            there.copy_(_exponential(part, some, dtype))
+    return noise.view(*key.shape, vocab_size)
 
 
 def mixture_owners(seed: int, rows: np.ndarray, positions: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -240,9 +245,9 @@ def mixture_owners(seed: int, rows: np.ndarray, positions: np.ndarray, weights: 
     return np.searchsorted(limits, uniform, side="right")
 
 
-def _exponential(key: torch.Tensor, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Noise `[..., V]` from keys `[...]`."""
-    bits = _mix(key.unsqueeze(-1) + _counters(vocab_size, key.device)).bitwise_right_shift_(11)
+def _exponential(key: torch.Tensor, counters: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Noise `[..., V]` from keys `[...]` and the tokens' counters `[V]`."""
+    bits = _mix(key.unsqueeze(-1) + counters).bitwise_right_shift_(11)
     uniform = bits.bitwise_and_((1 << 53) - 1).to(dtype).add_(0.5).mul_(2.0**-53)
     # The least noise decides: u near 0, where floats are dense, and never 1
     return uniform.clamp_(max=1 - torch.finfo(dtype).eps / 2).neg_().log1p_().neg_()

@@ -10,6 +10,7 @@ from ..config import EnsembleConfig
 from .combine import combine, works_on_probs
 from .faults import named, sound_positions
 from .processing import PositionwiseProcessor
+from .wide import columns
 
 
 class EnsembleDistribution:
@@ -134,8 +135,8 @@ class EnsembleDistribution:
         ]
         peak = float(self.peak[row, 0])
         if not found and self.on_raw_logits:
-            columns = torch.arange(self.shared, device=self.device) if self.common is None else self.common
-            combined = float(combine([one.index_select(-1, columns) for one in evidence], self.config).amax())
+            known = torch.arange(self.shared, device=self.device) if self.common is None else self.common
+            combined = float(combine([columns(one, known) for one in evidence], self.config).amax())
             if math.isfinite(combined):
                 found = [f"the logits processors leave {named(peak)}"]
                 if self.config.plausibility > 0 and self.process.once_a_token:
@@ -150,7 +151,7 @@ class EnsembleDistribution:
         if self.common is None:
             combined = combine(evidence, config)
         else:
-            known = combine([scores.index_select(-1, self.common) for scores in evidence], config)
+            known = combine([columns(scores, self.common) for scores in evidence], config)
             combined = evidence[0].new_full(evidence[0].shape, 0.0 if self.on_probs else -torch.inf)
             combined.index_copy_(-1, self.common, known)
         return self.process(combined, ids, first, count) if self.on_raw_logits else combined

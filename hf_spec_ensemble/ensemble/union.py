@@ -7,11 +7,13 @@ al., arXiv 2406.12585); after a token of U it reads its own tokens for that stri
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
+from torch.nn.functional import pad
 
 from .spelling import ROLES, Spelling
+from .wide import columns
 
 
 Key = tuple[str, str] | bytes  # what tokens are told apart by: a string, or what is special about them
@@ -55,8 +57,12 @@ class Map:
     One member's way between its own tokens and U; made by `Map.of`.
 
     Args:
-        index (`torch.LongTensor` `[W]`): For every u the member's own token.
-        absent (`torch.BoolTensor` `[W]`): Where its distribution has none, or is to have none.
+        width (`int`): W.
+        size (`int`): V, of its own tokens.
+        same (`int`): So many of the first u are its own tokens of these numbers; all of the main model's.
+        index (`torch.LongTensor` `[n]`): For those after them its own token, or V where it has none. It has none of the
+            rest.
+        absent (`torch.LongTensor` `[m]`): Which of the first `same` its distribution is to have nothing for.
         more (`list[torch.LongTensor]`, each `[2, m]`): Pairs of u and a further token that stands for it.
         own (`list[list[int]]`, W), texts (`list[bytes]`, W): What it reads for u: its first own token, or where it has
             none this string.
@@ -64,6 +70,9 @@ class Map:
         is_identity (`bool`): Whether U and its own tokens are the same.
     """
 
+    width: int
+    size: int
+    same: int
     index: torch.Tensor
     absent: torch.Tensor
     more: list[torch.Tensor]
@@ -75,23 +84,33 @@ class Map:
     @classmethod
     def of(cls, vocabulary: Vocabulary, own: list[list[int]], texts: list[bytes]) -> "Map":
         """Of the tokens that stand for every u, the one that is read first."""
+        width = len(own)
+        same = next((u for u, ids in enumerate(own) if ids and ids[0] != u), width)
+        same = min(same, vocabulary.size)
+        known = max((u + 1 for u, ids in enumerate(own) if ids), default=0)
         pairs = [
             [(u, ids[k]) for u, ids in enumerate(own) if len(ids) > k] for k in range(1, max(map(len, own), default=0))
         ]
         return cls(
-            index=torch.tensor([ids[0] if ids else 0 for ids in own]),
-            absent=torch.tensor([not ids for ids in own]),
+            width=width,
+            size=vocabulary.size,
+            same=same,
+            index=torch.tensor([ids[0] if ids else vocabulary.size for ids in own[same:known]], dtype=torch.long),
+            absent=torch.tensor([u for u, ids in enumerate(own[:same]) if not ids], dtype=torch.long),
             more=[torch.tensor(pair).T.contiguous() for pair in pairs],
             own=own,
             texts=texts,
             spelling=vocabulary.spelling,
-            is_identity=len(own) == vocabulary.size and all(ids == [u] for u, ids in enumerate(own)),
+            is_identity=width == vocabulary.size and all(ids == [u] for u, ids in enumerate(own)),
         )
 
     def with_only(self, kept: torch.Tensor) -> "Map":
         """The same where a distribution has only these `[W]` of U."""
         more = [pairs[:, kept[pairs[0]]] for pairs in self.more]
-        return replace(self, absent=self.absent | ~kept, more=more, is_identity=self.is_identity and bool(kept.all()))
+        absent = torch.cat([self.absent, (~kept[: self.same]).nonzero()[:, 0]])
+        index = self.index.masked_fill(~kept[self.same :][: len(self.index)], self.size)
+        is_identity = self.is_identity and bool(kept.all())
+        return replace(self, index=index, absent=absent, more=more, is_identity=is_identity)
 
     def to(self, device: torch.device) -> "Map":
         """The same with its tables there; kept for the next call."""
@@ -109,10 +128,19 @@ class Map:
             probabilities are added; where none does, it is -inf.
         """
         own = own.to(torch.promote_types(own.dtype, torch.float32))
-        logits = own.index_select(-1, self.index)
+        logits = own[..., : self.same]
+        if len(self.index):
+            logits = torch.cat([logits, columns(pad(own, (0, 1), value=-torch.inf), self.index)], dim=-1)
+        logits = pad(logits, (0, self.width - logits.shape[-1]), value=-torch.inf)  # a copy in any case
+        logits.index_fill_(-1, self.absent, -torch.inf)
         for u, token in self.more:
             logits[..., u] = torch.logaddexp(logits[..., u], own[..., token])
-        return logits.masked_fill_(self.absent, -torch.inf)
+        return logits
+
+    @cached_property
+    def most(self) -> int:
+        """More tokens than this it reads for none of U: one for each byte of what it lacks."""
+        return max((len(text) for own, text in zip(self.own, self.texts) if not own), default=1) or 1
 
     def read(self, u: int) -> tuple[int, ...]:
         """The member's own tokens for one of U."""
@@ -151,6 +179,33 @@ class Union:
     maps: tuple[Map, ...]
     common: torch.Tensor | None
     strings: list[bytes] = field(repr=False)
+
+    def in_common(self, ids: Sequence[int]) -> list[int]:
+        """
+        The same text in the tokens that all members have: what some lack is written by others, the longest first.
+
+        Raises:
+            `ValueError`: for a token that cannot be, as a special one that others have none for.
+        """
+        found, known = [], set(self.common.tolist())
+        for u in ids:
+            text, start = b"" if self.maps[0].spelling.strings[u] is None else self.strings[u], 0
+            if u in known:
+                found.append(u)
+                continue
+            while start < len(text) or not text:
+                ends = (end for end in range(len(text), start, -1) if text[start:end] in self._common_texts)
+                end = next(ends, None)
+                if end is None:
+                    raise ValueError(f"Not all members can write {self.strings[u]!r}: use method 'weighted'.")
+                found.append(self._common_texts[text[start:end]])
+                start = end
+        return found
+
+    @cached_property
+    def _common_texts(self) -> dict[bytes, int]:
+        special = self.maps[0].spelling.strings
+        return {self.strings[u]: u for u in self.common.tolist() if special[u] is not None}
 
     def decode(self, ids: Sequence[int], **_) -> str:
         """The text of tokens of U, special ones by their names; called as a tokenizer's `decode`."""

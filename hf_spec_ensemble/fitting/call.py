@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import METHODS, EnsembleConfig
+from ..decoding.families import tokenizer_list, union_for
 from ..decoding.validate import check_members, shared_vocabulary
+from ..ensemble.union import Union
 from ..members.adapters import AdapterView
 from .linear import Objective, contrast_weight, greatest_plausibility, product_weights, score
 from .mixture import mixture_log_probs, mixture_weights
-from .passes import Reading
+from .passes import OwnTokens, Reading
 from .report import FitResult, FitResults, Part, result_of
 from .texts import Text, split, texts_of
 
@@ -37,6 +40,7 @@ def fit(
     memory: int = 4 * 2**30,
     seed: int = 0,
     progress: bool = True,
+    assistant_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
 ) -> FitResult | FitResults:
     """
     Finds the config under which texts are most likely, and evaluates it on texts that were held out.
@@ -47,12 +51,12 @@ def fit(
     exceeds `memory` is read again for every evaluation, of which there are about ten.
 
     Args:
-        members (`Sequence[PreTrainedModel]`): `[model, *assistant_models]`, decoder-only, with one tokenizer.
+        members (`Sequence[PreTrainedModel]`): `[model, *assistant_models]`, decoder-only.
         texts (iterable, or `dict` of these):
             The texts to make likely: strings; pairs of a prompt and its answer, of which the answer counts; chats,
             lists of messages, of which the last, the assistant's, counts; or rows of these, as a `datasets.Dataset`.
             A `dict` has several sets by name: each is fitted by itself.
-        tokenizer (`PreTrainedTokenizerBase`): The members'.
+        tokenizer (`PreTrainedTokenizerBase`): The members', or the main model's.
         method (`str`, defaults to `"weighted"`):
             `"weighted"`, by expectation maximisation; `"product"`, weights of any sign, by L-BFGS; `"contrastive"`,
             the contrast, between 0 and 8. All are convex: there is one optimum, and it is found.
@@ -72,6 +76,11 @@ def fit(
         memory (`int`, defaults to 4 GiB): Bytes of distributions to keep; not used for mixtures.
         seed (`int`, defaults to 0): Of what is held out, of the order of batches, and of the bootstrap.
         progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        assistant_tokenizer (`PreTrainedTokenizerBase` or a list of them, *optional*):
+            Of the other members, where they have tokenizers of their own, as for `generate()`. What counts is then in
+            the main model's tokens, or for methods other than `"weighted"` in those that all members have, and
+            everybody reads what is before it in their own. Nats are per such token; compare bits per byte. A member by
+            itself writes with several tokens what it has none for.
 
     Returns:
         `FitResult`, with the `config`, or for several sets `FitResults`, a `dict` of them. If reading is interrupted
@@ -98,7 +107,9 @@ def fit(
     (['reader', 'solver', 'uniform', 'fitted'], 'weighted', 1.0)
     """
     members = list(members) if isinstance(members, (list, tuple)) else [members]
-    shared, limit = _check(members, method, plausibility, batch_size)
+    tokenizers = tokenizer_list(tokenizer, assistant_tokenizer, len(members) - 1)
+    shared, limit, union = _check(members, method, plausibility, batch_size, tokenizers)
+    others = [] if union is None else tokenizers[1:]
     sets = texts if isinstance(texts, Mapping) else {FIT: texts}
     if not sets:
         raise ValueError("`texts` is an empty dict: give at least one set of texts.")
@@ -109,14 +120,16 @@ def fit(
             raise ValueError(f"`held_out` has nothing for {name!r}, only for {sorted(held_out)}.")
 
         def tokenized(given, columns=of_set[1]):
-            return texts_of(given, tokenizer, columns, chat_template, max_length, limit)
+            texts = texts_of(given, tokenizer, columns, chat_template, max_length, limit, others)
+            return texts if union is None else _of_union(texts, union, members)
 
         parts[name] = _parts(tokenized, given, of_set[0], seed)
-        _check_tokens([text for part in parts[name] for text in part], shared)
+        if union is None:
+            _check_tokens([text for part in parts[name] for text in part], shared)
     results = FitResults()
     for name, (fitted, out) in parts.items():
         memory_of_set = 0 if method == "weighted" else memory
-        reading = Reading(members, shared, fitted, out, batch_size, memory_of_set, seed)
+        reading = Reading(members, shared, fitted, out, batch_size, memory_of_set, seed, union)
         try:
             reading.run(progress)
             results[name] = _fit(reading, method, plausibility, _names(members), seed)
@@ -132,8 +145,10 @@ def fit(
     return results if isinstance(texts, Mapping) else results[FIT]
 
 
-def _check(members: list, method: Any, plausibility: Any, batch_size: Any) -> tuple[int, int | None]:
-    """Tokens that all members have, and the fewest positions that one has."""
+def _check(
+    members: list, method: Any, plausibility: Any, batch_size: Any, tokenizers: list | None
+) -> tuple[int, int | None, Union | None]:
+    """Tokens that can be decoded, the fewest positions that a member has, and the vocabulary if tokenizers differ."""
     if callable(method):
         raise ValueError(f"A callable ({method!r}) has no weights to fit: choose a method of {METHODS}.")
     if method not in METHODS:
@@ -144,11 +159,40 @@ def _check(members: list, method: Any, plausibility: Any, batch_size: Any) -> tu
         raise ValueError(f"`plausibility` ({plausibility!r}) is of method 'contrastive', not of {method!r}.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an int >= 1, but is {batch_size!r}.")
-    check_members(members, EnsembleConfig(method=method))
+    config = check_members(members, EnsembleConfig(method=method), None, tokenizers)
     if members[0].config.is_encoder_decoder:
         raise ValueError("`fit` reads texts with decoder-only models, but the members are encoder-decoders.")
-    limits = [getattr(member.config.get_text_config(), "max_position_embeddings", None) for member in members]
-    return shared_vocabulary(members)[1], min((limit for limit in limits if limit), default=None)
+    limit = min((limit for limit in map(_positions, members) if limit), default=None)
+    union = union_for(members, tokenizers, config, members[0].generation_config)
+    if union is None:
+        return shared_vocabulary(members)[1], limit, None
+    return union.width if union.common is None else len(union.common), limit, union
+
+
+def _positions(member: PreTrainedModel) -> int | None:
+    return getattr(member.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _of_union(texts: list[Text], union: Union, members: list[PreTrainedModel]) -> list[Text]:
+    """The same texts, where need be in the tokens that all members have; checked for what members read of them."""
+    if union.common is not None:
+        texts = [
+            replace(text, ids=(*text.ids[: text.first], *union.in_common(text.ids[text.first :]))) for text in texts
+        ]
+    for number, text in enumerate(texts):
+        for i, member in enumerate(members):
+            own = OwnTokens.of(text, i, union)
+            if own.ends[0] < 0:
+                raise ValueError(
+                    f"What is before the part of text {number} that counts is empty in the tokens of member {i + 1}, a "
+                    f"{type(member).__name__}, whose tokenizer puts no token before a text: give pairs with prompts."
+                )
+            if len(own.ids) > (_positions(member) or len(own.ids)):
+                raise ValueError(
+                    f"Text {number} has {len(own.ids)} tokens of member {i + 1}, a {type(member).__name__}, which has "
+                    f"{_positions(member)} positions: leave it out, or lower `max_length`."
+                )
+    return texts
 
 
 def _parts(tokenized, given: Iterable[Any], held_out: Any, seed: int) -> tuple[list[Text], list[Text]]:
@@ -179,7 +223,7 @@ def _fit(reading: Reading, method: str, plausibility: float | str, names: list[s
     more = {}
     n, interrupted = len(names), reading.interrupted
     uniform = torch.full((n,), 1 / n, dtype=torch.float64)
-    nats = dict(zip(names, _by_text(reading.log_probs(held_out=True), out)))
+    nats = dict(zip(names, _by_text(reading.log_probs(held_out=True, alone=True), out)))
     if method == "weighted":
         log_probs = reading.log_probs(held_out=False)
         config = EnsembleConfig(weights=_rounded(mixture_weights(log_probs)))

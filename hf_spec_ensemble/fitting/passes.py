@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..ensemble.union import Union
 from ..members.adapters import lock_of
 from ..members.placement import device_of
 from ..notices import warn_once
@@ -28,17 +30,48 @@ class Batch:
         return torch.tensor([token for text in self.texts for token in text.ids[text.first :]])
 
 
+class OwnTokens(NamedTuple):
+    """A member's own tokens of a text, and behind which of them what counts begins and each of its tokens ends."""
+
+    ids: Sequence[int]
+    ends: Sequence[int]  # t + 1
+
+    @classmethod
+    def of(cls, text: Text, member: int, union: Union | None) -> "OwnTokens":
+        """Of the member with this number, from 0."""
+        if union is None or member == 0:
+            return cls(text.ids, range(text.first - 1, len(text.ids)))
+        ids = list(text.prompts[member - 1])
+        ends = [len(ids) - 1]
+        for u in text.ids[text.first :]:
+            ids += union.maps[member].read(u)
+            ends.append(len(ids) - 1)
+        return cls(ids, ends)
+
+
+class Scored(NamedTuple):
+    """
+    What a member says of texts, one after the other: logits `[m, V]` over its own tokens, which predict its tokens
+    `[m]`, and which `[t]` of these logits predict what counts.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    at: torch.Tensor
+
+
 class Reading:
     """
     Members that read texts, each text once; and again only where whole distributions are asked for that were not kept.
 
     Args:
         members (`list[PreTrainedModel]`): N, causal.
-        shared (`int`): V: tokens that all of them have.
+        shared (`int`): V: tokens that all of them have, or those of the union that can be decoded.
         fitted (`list[Text]`), held_out (`list[Text]`): The two parts. No batch has texts of both.
         batch_size (`int`): Texts in a pass.
         memory (`int`): Bytes of distributions that are kept; 0 keeps only numbers, one for each member and token.
         seed (`int`): Of the order of the batches, which is random, so that an interruption leaves a fair sample.
+        union (`Union`, *optional*): The vocabulary of members with different tokenizers.
     """
 
     def __init__(
@@ -50,9 +83,10 @@ class Reading:
         batch_size: int = 8,
         memory: int = 0,
         seed: int = 0,
+        union: Union | None = None,
     ):
         self.members = members
-        self.shared = shared
+        self.shared, self.union = shared, union
         self.memory = memory
         self.given = {text: place for place, text in enumerate([*fitted, *held_out])}
         batches = [*_batches(fitted, batch_size, False), *_batches(held_out, batch_size, True)]
@@ -60,6 +94,7 @@ class Reading:
         self.waiting = [batches[i] for i in order]
         self.read: list[Batch] = []
         self.numbers: dict[Text, torch.Tensor] = {}  # [N, t], float64
+        self.alone: dict[Text, torch.Tensor] = {}  # the same, of members by themselves
         self.interrupted = False
 
     def run(self, progress: bool = True) -> None:
@@ -91,14 +126,14 @@ class Reading:
     def _read(self, batch: Batch, room: int) -> int:
         """The numbers of a batch, and its distributions if there is room; gives the bytes these take."""
         count = sum(text.count for text in batch.texts)
-        tokens, numbers, kept = batch.tokens, [], []
+        tokens, numbers, alone, kept = self._columns(batch.tokens), [], [], []
         for number, member in enumerate(self.members, 1):
-            logits = self._logits(member, batch.texts)
-            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float16
+            scored = self._logits(number - 1, batch.texts)
+            dtype = torch.float64 if scored.logits.dtype == torch.float64 else torch.float16
             keep = room >= len(self.members) * count * self.shared * dtype.itemsize
             parts, chunks = [], []
             for at in range(0, count, CHUNK):
-                log_probs = logits[at : at + CHUNK].log_softmax(-1)
+                log_probs = self._log_probs(number - 1, scored.logits[scored.at[at : at + CHUNK]])
                 there = tokens[at : at + CHUNK, None].to(log_probs.device)
                 parts.append(log_probs.gather(1, there)[:, 0].double().cpu())
                 if keep:
@@ -106,20 +141,25 @@ class Reading:
             numbers.append(torch.cat(parts))
             if numbers[-1].isnan().any():
                 raise ValueError(f"Member {number}, a {type(member).__name__}, gives logits that are nan.")
+            alone.append(numbers[-1] if self.union is None else _by_pieces(numbers[-1], scored))
             if keep:
                 kept.append(torch.cat(chunks))
         batch.kept = torch.stack(kept) if len(kept) == len(self.members) else None
-        for text, of_text in zip(batch.texts, torch.stack(numbers).split([text.count for text in batch.texts], 1)):
-            self.numbers[text] = of_text
+        counts = [text.count for text in batch.texts]
+        for kind, found in ((self.numbers, numbers), (self.alone, alone)):
+            kind.update(zip(batch.texts, torch.stack(found).split(counts, 1)))
         return 0 if batch.kept is None else batch.kept.nbytes
 
     def texts(self, held_out: bool) -> list[Text]:
         """Those of a part that were read, in the order of the batches."""
         return [text for batch in self.read if batch.held_out == held_out for text in batch.texts]
 
-    def log_probs(self, held_out: bool) -> torch.Tensor:
-        """Of what counts in a part, under each member: `[N, T]`."""
-        return torch.cat([self.numbers[text] for text in self.texts(held_out)], 1)
+    def log_probs(self, held_out: bool, alone: bool = False) -> torch.Tensor:
+        """
+        Of what counts in a part, under each member: `[N, T]`. A member `alone` writes a string that it has no token for
+        with several, in place of never.
+        """
+        return torch.cat([(self.alone if alone else self.numbers)[text] for text in self.texts(held_out)], 1)
 
     def blocks(self, held_out: bool) -> Iterator[Block]:
         """The whole distributions of a part, batch by batch, in the order of `texts`."""
@@ -129,24 +169,58 @@ class Reading:
                 continue
             kept = batch.kept
             if kept is None:
-                each = (self._logits(member, batch.texts) for member in self.members)
-                kept = torch.stack([_finite(logits.log_softmax(-1)).to(device) for logits in each])
-            tokens = batch.tokens
+                each = (self._logits(i, batch.texts) for i in range(len(self.members)))
+                log_probs = (self._log_probs(i, scored.logits[scored.at]) for i, scored in enumerate(each))
+                kept = torch.stack([_finite(of_member).to(device) for of_member in log_probs])
+            tokens = self._columns(batch.tokens)
             for at in range(0, len(tokens), CHUNK):
                 yield Block(kept[:, at : at + CHUNK].to(device), tokens[at : at + CHUNK].to(device))
 
+    def _columns(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where in the V columns tokens are."""
+        common = self.union and self.union.common
+        return tokens if common is None else torch.searchsorted(common, tokens)
+
+    def _log_probs(self, member: int, logits: torch.Tensor) -> torch.Tensor:
+        """A member's log-probabilities `[t, V]` of all that can be decoded, from its own logits."""
+        if self.union is None:
+            return logits[:, : self.shared].log_softmax(-1)
+        logits, common = self.union.maps[member].to(logits.device).logits(logits), self.union.common
+        return (logits if common is None else logits[:, common.to(logits.device)]).log_softmax(-1)
+
     @torch.inference_mode()
-    def _logits(self, member: PreTrainedModel, texts: list[Text]) -> torch.Tensor:
-        """A member's logits where it predicts what counts: `[t, V]`, in float32 or better."""
-        length = max(len(text.ids) for text in texts)
+    def _logits(self, number: int, texts: list[Text]) -> Scored:
+        """A member's logits, in float32 or better, where it predicts what counts."""
+        member, own = self.members[number], [OwnTokens.of(text, number, self.union) for text in texts]
+        length = max(len(text.ids) for text in own)
         # Padded on the right, which causal models do not see
-        ids = torch.tensor([[*text.ids, *[0] * (length - len(text.ids))] for text in texts])
-        mask = torch.tensor([[1] * len(text.ids) + [0] * (length - len(text.ids)) for text in texts])
+        ids = torch.tensor([[*text.ids, *[0] * (length - len(text.ids))] for text in own])
+        mask = torch.tensor([[1] * len(text.ids) + [0] * (length - len(text.ids)) for text in own])
         device = device_of(member)
         with lock_of(member):
             logits = member(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        rows = [row[text.first - 1 : len(text.ids) - 1, : self.shared] for row, text in zip(logits, texts)]
-        return torch.cat(rows).to(torch.promote_types(logits.dtype, torch.float32))
+        rows, tokens, at, count = [], [], [], 0
+        for row, text in zip(logits, own):
+            first, last = text.ends[0], text.ends[-1]
+            rows.append(row[first:last])
+            tokens += text.ids[first + 1 : last + 1]
+            at += [count + end - first for end in text.ends[:-1]]
+            count += last - first
+        logits = torch.cat(rows).to(torch.promote_types(logits.dtype, torch.float32))
+        return Scored(logits, torch.tensor(tokens, device=device), torch.tensor(at, device=device))
+
+
+def _by_pieces(log_probs: torch.Tensor, scored: Scored) -> torch.Tensor:
+    """Log-probabilities `[t]`, where these are -inf those of a member's own tokens for the same strings."""
+    if log_probs.isfinite().all():
+        return log_probs
+    own = [
+        logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].double()
+        for logits, tokens in zip(scored.logits.split(CHUNK), scored.tokens.split(CHUNK))
+    ]
+    lengths = torch.diff(scored.at, append=scored.at.new_tensor([len(scored.tokens)])).tolist()
+    pieces = torch.stack([part.sum() for part in torch.cat(own).split(lengths)]).cpu()
+    return torch.where(log_probs == -torch.inf, pieces, log_probs)
 
 
 def _finite(log_probs: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..decoding.families import prompt_ids, text_ids
+
 
 FORMS = (
     "a string, a pair of a prompt and its answer, a list of chat messages that ends with the assistant's, or a row "
@@ -22,11 +24,13 @@ class Text:
         ids (`tuple[int, ...]`): All tokens, the prompt's first.
         first (`int`): The tokens from here on count; >= 1, since nothing predicts the first one.
         size (`int`): Bytes of what counts, in UTF-8.
+        prompts (`tuple[tuple[int, ...], ...]`): Of members with tokenizers of their own: what they read before that.
     """
 
     ids: tuple[int, ...]
     first: int
     size: int
+    prompts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def count(self) -> int:
@@ -41,17 +45,20 @@ def texts_of(
     chat_template: bool = False,
     max_length: int | None = None,
     limit: int | None = None,
+    others: Sequence[PreTrainedTokenizerBase] = (),
 ) -> list[Text]:
     """
-    Tokenizes texts.
+    Tokenizes texts. What counts is in the main model's tokens; before it, members with tokenizers of their own read the
+    same text, or the same turns by their own chat template.
 
     Args:
         given (iterable): Strings, pairs, lists of messages, or rows, as of a `datasets.Dataset`.
-        tokenizer (`PreTrainedTokenizerBase`): The members'.
+        tokenizer (`PreTrainedTokenizerBase`): The members', or the main model's.
         columns (`str` or pair of `str`, *optional*): The fields of rows: of the texts, or of prompts and answers.
         chat_template (`bool`): Whether pairs are put through the chat template, as a user's and an assistant's turn.
         max_length (`int`, *optional*): Longer texts lose their last tokens, with a warning.
         limit (`int`, *optional*): The members' positions. Longer texts are refused.
+        others (`Sequence[PreTrainedTokenizerBase]`, N - 1): Of the other members, where these have their own.
 
     Raises:
         `TypeError`: if a text has none of these forms.
@@ -68,7 +75,7 @@ def texts_of(
     for number, item in enumerate(given):
         where = f"Text {number}"
         item = _of_row(item, names, where)
-        texts.append(_tokenized(item, tokenizer, chat_template, where))
+        texts.append(_tokenized(item, tokenizer, chat_template, where, others))
     if not texts:
         raise ValueError("There are no texts to fit on: give some tens at least.")
     return _cut(texts, tokenizer, max_length, limit)
@@ -85,14 +92,24 @@ def _of_row(item: Any, columns: Sequence[str] | None, where: str) -> Any:
     return item[columns[0]] if len(columns) == 1 else tuple(item[name] for name in columns)
 
 
-def _tokenized(item: Any, tokenizer: PreTrainedTokenizerBase, chat_template: bool, where: str) -> Text:
+def _tokenized(
+    item: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: bool,
+    where: str,
+    others: Sequence[PreTrainedTokenizerBase],
+) -> Text:
     if isinstance(item, str):
         if not item.strip():
             raise ValueError(f"{where} is empty.")
         ids = tokenizer(item)["input_ids"]
-        if len(ids) < 2:
+        first = 1
+        if others and not _size(tokenizer, ids[:1]):  # others may have no token that begins a text
+            first = 2
+        if len(ids) <= first:
             raise ValueError(f"{where} ({item[:40]!r}) has one token only, which nothing predicts.")
-        return Text(tuple(ids), 1, max(1, len(item.encode()) - _size(tokenizer, ids[:1])))
+        text = Text(tuple(ids), first, max(1, len(item.encode()) - _size(tokenizer, ids[:first])))
+        return _read_by(others, text, tokenizer)
     if isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(part, str) for part in item):
         prompt, answer = item
         if not answer.strip():
@@ -100,11 +117,21 @@ def _tokenized(item: Any, tokenizer: PreTrainedTokenizerBase, chat_template: boo
         if not chat_template:
             if not prompt:
                 raise ValueError(f"{where} has an empty prompt: give texts without prompts as strings.")
-            return _text(tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"], answer)
+            text = _text(tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"], answer)
+            return _read_by(others, text, tokenizer)
         item = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     if isinstance(item, list) and item and all(isinstance(turn, Mapping) and "role" in turn for turn in item):
-        return _chat(item, tokenizer, where)
+        text = _chat(item, tokenizer, where)
+        return replace(text, prompts=tuple(tuple(prompt_ids(other, item[:-1])) for other in others))
     raise TypeError(f"{where} must be {FORMS}, but is {str(item)[:80]!r}.")
+
+
+def _read_by(others: Sequence[PreTrainedTokenizerBase], text: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """With what other members read before what counts: as when it is decoded, its text in their own tokens."""
+    if not others:
+        return text
+    before = tokenizer.decode(text.ids[: text.first], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return replace(text, prompts=tuple(tuple(text_ids(other, before)) for other in others))
 
 
 def _chat(turns: list[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> Text:
@@ -152,7 +179,7 @@ def _cut(
             )
         if len(text.ids) > max_length:
             ids = text.ids[:max_length]
-            text = Text(ids, text.first, max(1, _size(tokenizer, ids[text.first :])))
+            text = replace(text, ids=ids, size=max(1, _size(tokenizer, ids[text.first :])))
         cut.append(text)
     number = sum(len(text.ids) > max_length for text in texts)
     if number:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..decoding.families import PADDING_SHARE
+from ..decoding.families import PADDING_SHARE, prompt_ids
 from ..decoding.vocabulary import UNCOMPARED, check_tokens, differences, tokens_of
 from ..notices import warn_once
 from .references import MemberReference
@@ -49,20 +49,12 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dic
     Ids and mask `[B, P]` of prompts, padded on the left. Messages go through the chat template; without one their texts
     are read, with blank lines between.
     """
-    rows = [_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     longest, pad = max(map(len, rows)), tokenizer.pad_token_id or 0
     return {
         "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
     }
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        return tokenizer("\n\n".join(message["content"] for message in prompt))["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def _load(member: MemberReference, access: dict[str, Any], needed: bool) -> PreTrainedTokenizerBase | None:

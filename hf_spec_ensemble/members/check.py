@@ -66,7 +66,9 @@ class Reading:
     unknown: str | None = None
 
 
-def check_reading(members: Sequence[Member], speculative: bool, ranks: Ranks, new_tokens: int | None = None) -> None:
+def check_reading(
+    members: Sequence[Member], speculative: bool, ranks: Ranks, new_tokens: int | Sequence[int] | None = None
+) -> None:
     """
     Finds out how members read that have read nothing yet, and sets them up accordingly; warns once of what a user
     should know.
@@ -75,14 +77,15 @@ def check_reading(members: Sequence[Member], speculative: bool, ranks: Ranks, ne
         members (`Sequence[Member]`): Drafters among them.
         speculative (`bool`): Whether they will read several tokens at once and take some back.
         ranks (`Ranks`): The processes that decode together.
-        new_tokens (`int`, *optional*): Of the longest text.
+        new_tokens (`int` or a list of N, *optional*): Of the longest text, in each member's own tokens.
 
     Raises:
         `ValueError`: naming a model that fails, what was found, and what to do.
     """
-    for member in members:
+    each = new_tokens if isinstance(new_tokens, Sequence) else [new_tokens] * len(members)
+    for member, new in zip(members, each):
         rows = len(member.prompt) > 1
-        longest = None if new_tokens is None else member.prompt_length + new_tokens
+        longest = None if new is None else member.prompt_length + new
         _check_positions(member, longest, speculative)
         padded = not member.prompt_visible.all()
         reading = ranks.agree_on(reading_of(member, speculative, rows, padded, longest))

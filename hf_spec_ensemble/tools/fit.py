@@ -58,6 +58,7 @@ def _run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         memory=round(args.memory * 2**30),
         seed=args.seed,
+        assistant_tokenizer=loaded.assistant_tokenizers,
     )
     print(result)
     if args.plot:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mixed import family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_spec_ensemble import EnsembleConfig
@@ -634,3 +635,31 @@ def test_rows_that_lack_a_field(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(given)
     assert "Line 1 of" in (said := capsys.readouterr().err) and "lacks ['answer']" in said
+
+
+def test_members_with_different_tokenizers(tmp_path, capsys):
+    names = []
+    for i, (model, tokenizer) in enumerate(zip(*family((2, 0)))):
+        names.append(str(tmp_path / f"member{i}"))
+        model.save_pretrained(names[-1])
+        tokenizer.save_pretrained(names[-1])
+    given = f"--members {' '.join(names)} --dtype float64 --compare members auto loop"
+    main(arguments(tmp_path, more=given, count=2))
+    made = {(line["variant"], line["group"]): line for line in runs_of(tmp_path)}
+    assert {name for name, _ in made} == {"standard", "auto", "member:0", "member:1"}
+    task, models, tokenizers = tasks.TASKS["gsm8k"], *family((2, 0))
+    for group in range(2):
+        text = task.continuation(json.loads((tmp_path / "gsm8k.jsonl").read_text().splitlines()[group]))
+        inputs = tokenizers[0](text, return_tensors="pt")
+        both = dict(assistant_model=models[1], tokenizer=tokenizers[0], assistant_tokenizer=tokenizers[1])
+        call = dict(input_ids=inputs["input_ids"], max_new_tokens=8, do_sample=False)
+        expected = models[0].generate(**call, **both, ensemble_config=EnsembleConfig())
+        for name in ("standard", "auto"):
+            assert made[name, group]["tokens"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
+        alone = tokenizers[1](text, return_tensors="pt")["input_ids"]
+        own = models[1].generate(alone, max_new_tokens=8, do_sample=False)[0, alone.shape[1] :].tolist()
+        assert made["member:1", group]["tokens"] == own
+    assert "different tokenizers" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path, more=f"--members {' '.join(names)} --compare static:auto"))
+    assert "have no static caches" in capsys.readouterr().err

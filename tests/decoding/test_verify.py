@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_spec_ensemble.decoding import verify
 from hf_spec_ensemble.decoding.verify import (
     acceptance_probs,
     draw,
@@ -154,12 +155,14 @@ def test_inversion_at_the_edges():
     assert draw(torch.tensor([[0.0, 1.0, 0.0]]).expand(2, 3), u).tolist() == [1, 1]
 
 
-def test_noise_depends_on_seed_row_position_and_token_alone():
+def test_noise_depends_on_seed_row_position_and_token_alone(monkeypatch):
     whole = exponential_noise(7, np.arange(3)[:, None], np.arange(4), 11)
     assert whole.shape == (3, 4, 11)
     assert torch.equal(whole[2, 3], exponential_noise(7, np.array([2]), np.array([3]), 11)[0])
     assert torch.equal(whole[..., :5], exponential_noise(7, np.arange(3)[:, None], np.arange(4), 5))
     assert not torch.equal(whole, exponential_noise(8, np.arange(3)[:, None], np.arange(4), 11))
+    monkeypatch.setattr(verify, "IN_CACHE", 4)  # in parts of a vocabulary
+    assert torch.allclose(whole, exponential_noise(7, np.arange(3)[:, None], np.arange(4), 11), rtol=1e-6)
     assert whole.flatten().unique().numel() == whole.numel()
 
 
