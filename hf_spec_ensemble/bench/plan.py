@@ -301,7 +301,9 @@ class Plan:
         every = [variant for variants in self._variants.values() for variant in variants]
         static = [variant.name for variant in every if variant.prefix]
         if static:
-            raise ValueError(f"Members with different tokenizers have no static caches or refilled rows: leave out {static[0]}.")
+            raise ValueError(
+                f"Members with different tokenizers have no static caches or refilled rows: leave out {static[0]}."
+            )
         if self.drafters:
             raise ValueError(f"Members with different tokenizers: leave out drafter:{self.drafters[0]}.")
         if self.settings.curve == "prompt-length":
