@@ -14,14 +14,13 @@ from transformers import Cache
 from ..members.placement import device_of
 from ..members.prefill import Prefill
 from ..members.prompts import Prompt
-from ..schedule.roles import Roles
 from .authors import ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drawing import Greedy
 from .output import EnsembleStats
 from .requests import Request, RowProcessors, Rows
-from .speculative import prepare, rounds
+from .speculative import counts_of, prepare, rounds
 from .text import Text
 
 
@@ -213,21 +212,11 @@ def _leave_out_ended(rows: Rows, candidates_of: EnsembleCandidateGenerator) -> N
     candidates_of.keep_rows(left)
 
 
-def _count(
-    stats: EnsembleStats, before: EnsembleStats, roles: Roles, candidates_of: EnsembleCandidateGenerator
-) -> None:
-    """Lets `stats` have what authors have done in this batch, and what was there `before` it."""
-    names = {name: name for name in ("proposed", "verified", "accepted")}
-    for name, own in (names | {"forward_passes": "passes", "member_seconds": "seconds"}).items():
-        done = roles.in_callers_order([getattr(author, own) for author in candidates_of.authors])
-        earlier = getattr(before, name) or [0] * len(done)
-        setattr(stats, name, [a + b for a, b in zip(earlier, done)])
-
-
 def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
     """As `serve`, till all rows are free and none can be given another prompt."""
     group = queue.group()
-    roles, _, candidates_of = prepare(group)
+    roles, readers, candidates_of = prepare(group)
+    seats = roles.sharing(readers.groups)
     queue.drawn_by(candidates_of.context.drawing)
     rows = Rows(candidates_of.text, group.requests, group.ranks)
     filler = Filler(queue, rows, candidates_of, roles.order)
@@ -236,7 +225,9 @@ def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
         for _ in rounds(candidates_of, rows):
             finished = list(rows.take_finished())
             if finished:
-                _count(queue.stats, before, roles, candidates_of)
+                for name, done in counts_of(group, seats, candidates_of.authors).items():
+                    earlier = getattr(before, name) or [0] * len(done)
+                    setattr(queue.stats, name, [a + b for a, b in zip(earlier, done)])
                 queue.stats.new_tokens += sum(len(tokens) for _, tokens in finished)
                 queue.stats.seconds += time.perf_counter() - start
                 yield from finished

@@ -273,6 +273,17 @@ def _schedule(
     return Auto(*arguments)
 
 
+def counts_of(call: Call, seats: Roles, authors: list[Author]) -> dict[str, list]:
+    """What authors have counted, in the caller's order; 0 for members that run as another's rows."""
+    counted = dict(forward_passes="passes", member_seconds="seconds")
+    counted |= {name: name for name in ("proposed", "verified", "accepted")}
+    entries = dict(zip(seats.order, authors))
+    return {
+        name: [getattr(entries[i], own) if i in entries else 0 for i in range(len(call.names))]
+        for name, own in counted.items()
+    }
+
+
 def _report(
     call: Call,
     roles: Roles,
@@ -293,20 +304,10 @@ def _report(
         return transcript.written
 
     seats = roles.sharing(readers.groups)
-
-    def of_authors(name: str) -> list:
-        """In the caller's order; 0 for members that run as another's rows."""
-        entries = dict(zip(seats.order, (getattr(author, name) for author in authors)))
-        return [entries.get(i, 0) for i in range(len(call.names))]
-
     owners = _owners(roles, candidates_of, transcript)
     stats = EnsembleStats(
         new_tokens=int(transcript.lengths.sum()),
-        forward_passes=of_authors("passes"),
-        proposed=of_authors("proposed"),
-        verified=of_authors("verified"),
-        accepted=of_authors("accepted"),
-        member_seconds=of_authors("seconds"),
+        **counts_of(call, seats, authors),
         seconds=seconds,
         owned=[] if owners is None else owned(owners, transcript.lengths, len(call.names)),
         shared=[sorted(roles.order[i] for i in group) for group in readers.groups if len(group) > 1],
