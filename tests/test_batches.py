@@ -212,7 +212,7 @@ def test_a_row_that_has_ended_is_given_the_next_prompt(family, waits):
 
 
 @pytest.mark.parametrize(
-    ("family", "cache", "count"), [("llama", None, 200), ("gemma3", None, 50), ("gemma3", "static", 50)]
+    ("family", "cache", "count"), [("llama", None, 80), ("gemma3", None, 50), ("gemma3", "static", 50)]
 )
 def test_caches_do_not_grow_with_the_number_of_prompts(monkeypatch, family, cache, count):
     held = {}

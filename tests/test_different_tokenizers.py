@@ -90,7 +90,7 @@ def test_greedy_text_is_the_definitions(name, order, batch):
 
 # --- Samples ------------------------------------------------------------------------------------------------------
 
-DRAWS = 10_000
+DRAWS = 4_000
 LEAST = 5 / DRAWS  # outcomes that are expected less often are pooled
 
 
