@@ -1,3 +1,5 @@
+import gc
+
 import peft
 import pytest
 import torch
@@ -17,6 +19,12 @@ settings.load_profile("fixed")
 # of the tests do with the one before
 if Version(peft.__version__) < Version(transformers_peft.MIN_PEFT_VERSION):
     transformers_peft.MIN_PEFT_VERSION = peft.__version__
+
+
+def pytest_collection_finish():
+    """What the imports have made stays: no collection of garbage need look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

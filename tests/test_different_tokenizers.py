@@ -157,7 +157,7 @@ def test_rotary_embeddings_may_change_earlier_than_texts_in_the_unions_tokens_gr
 
 # --- Samples ------------------------------------------------------------------------------------------------------
 
-DRAWS = 10_000
+DRAWS = 4_000
 LEAST = 5 / DRAWS  # outcomes that are expected less often are pooled
 
 

@@ -179,7 +179,8 @@ def test_samples_follow_the_ensemble(name, coupling):
     own = [torch.tensor(prompt) for prompt in PROMPTS]
     group = [model, *(se.with_prompt(model, prompt[None]) for prompt in own[1:])]
     config = oracle.config_of(name, 3, coupling=coupling, num_assistant_tokens=2)
-    texts = draw(group, {"input_ids": own[0][None], "attention_mask": torch.ones(1, len(own[0]), dtype=int)}, config)
+    inputs = {"input_ids": own[0][None], "attention_mask": torch.ones(1, len(own[0]), dtype=int)}
+    texts = draw(group, inputs, config, draws=10_000)  # members agree: a wrong residual is hard to see
     probs, wrong = (
         oracle.continuation_probs([model] * 3, own[0], name, 3, prompts=given).flatten() for given in (own, ())
     )

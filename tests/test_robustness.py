@@ -456,7 +456,7 @@ def watched(models, config, batch, new_tokens):
     return np.array(columns), np.array(held), out
 
 
-@pytest.mark.parametrize("new_tokens", [600, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("new_tokens", [300, pytest.param(1200, marks=pytest.mark.slow)])
 def test_a_long_text_of_members_that_disagree(new_tokens):
     """Three rows that lose proposals at different places: caches grow with the text only, and passes a token do not."""
     models = unrelated(2, 2 * new_tokens)

@@ -14,7 +14,7 @@ from hf_spec_ensemble.decoding.candidates import EnsembleCandidateGenerator
 
 
 VOCAB = 10
-DRAWS = 10_000
+DRAWS = 5_000
 PROMPTS = [[5, 3, 8], [6], [7, 4]]
 SHAPED = dict(temperature=0.7, top_k=8)
 WARPERS = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(8)]

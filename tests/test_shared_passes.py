@@ -201,8 +201,8 @@ def test_scores_logits_and_the_cache_are_those_of_separate_members(draws):
 @pytest.mark.parametrize(
     "name,coupling,kind,draws",
     [
-        ("weighted", "ancestral", "one group", 20_000),
-        ("product", "gumbel", "one group", 20_000),
+        ("weighted", "ancestral", "one group", 8_000),
+        ("product", "gumbel", "one group", 8_000),
         ("product", "maximal", "with drafts", 5_000),
         ("weighted", "maximal", "two groups", 5_000),
         ("weighted", "ancestral", "two groups", 5_000),
