@@ -14,7 +14,7 @@ from test_sampling import PROMPTS, chi_square_p, counts, draw, small_members
 import hf_spec_ensemble as se
 from hf_spec_ensemble.members import rows
 from hf_spec_ensemble.members.cached import CachedMember
-from hf_spec_ensemble.members.costs import pass_costs
+from hf_spec_ensemble.members.costs import PassCosts, pass_costs
 
 
 TOGETHER, APART = dict(share_passes=True), dict(share_passes=False)
@@ -102,7 +102,9 @@ def test_the_standard_ensemble_shares_too(name, draws, batch):
 def test_a_standard_ensemble_that_stays_apart_draws_as_it_would(monkeypatch):
     """What is tried before the decision costs no random numbers, and leaves the caller's cache as it was."""
     model, own, texts = tiny("gemma3", seed=1), own_prompts(2, 2), []
-    monkeypatch.setattr("hf_spec_ensemble.decoding.sharing._seconds", lambda call, roles, readers: -len(readers.groups))
+    monkeypatch.setattr(
+        "hf_spec_ensemble.decoding.sharing._seconds", lambda call, roles, readers, learned: -len(readers.groups)
+    )
     for share in ("auto", False):
         torch.manual_seed(0)
         config = oracle.config_of("weighted", 2, speculative=False, share_passes=share)
@@ -344,6 +346,21 @@ def test_prompts_of_unequal_length_are_read_apart(family, batch, kind):
     prompt, config = go_on(out, own[0]), oracle.config_of("product", 3, **APART)
     again = output(group, prompt, config, past_key_values=out.past_key_values)
     assert again.sequences.tolist() == output(group, prompt, config).sequences.tolist()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_auto_learns_how_often_proposals_are_kept(alike, monkeypatch):
+    """Of a first call nothing is known. Members whose proposals mostly fall share passes in a later one."""
+    model, own = copy.deepcopy(tiny("llama", seed=1)), own_prompts(1, 2)
+    own[1] = own[0] if alike else own[1]
+    told(model, 1, 1.0, 1.5)
+    monkeypatch.setattr(PassCosts, "add", lambda *_: None)  # so that the costs stay those
+    config = se.EnsembleConfig(method="product", weights=[3.0, -2.0])
+    shared = []
+    for _ in range(4):
+        out = output(views(model, own), own[0], config, drafter=None, eos_token_id=[10_000])
+        shared.append(out.stats.shared)
+    assert shared[0] == [] and shared[-1] == ([] if alike else [[0, 1]])
 
 
 @pytest.mark.parametrize("new_tokens,shares", [(1, False), (60, True)])

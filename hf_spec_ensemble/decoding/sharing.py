@@ -1,6 +1,6 @@
 """Which members of a call that share weights run as rows of one pass: all that can, where it is asked for or pays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config import EnsembleConfig
@@ -71,12 +71,19 @@ def may_share(call: Call) -> bool:
     return may and config.share_passes is not False
 
 
-def share_passes(call: Call, roles: Roles, each: Sequence[Member]) -> Readers:
+def share_passes(
+    call: Call,
+    roles: Roles,
+    each: Sequence[Member],
+    learned: Callable[[Readers], Sequence[Acceptance]] | None = None,
+) -> Readers:
     """
     Lets members share passes.
 
     Args:
         each (`Sequence[Member]`): The N members and the model that drafts, which have read nothing yet.
+        learned (`Callable`, *optional*): Gives for some readers how often their proposals were kept in earlier calls,
+            of each author; needed where there are proposals.
     """
     wanted, shared = call.config.share_passes, {}
     if wanted is not False and call.union is None and not isinstance(call.ranks, Together):
@@ -91,7 +98,7 @@ def share_passes(call: Call, roles: Roles, each: Sequence[Member]) -> Readers:
         for number in group:
             measure(each[number], len(call.input_ids))
         measure(one.whole, len(one.whole.prompt))
-    return min((together, apart), key=lambda readers: _seconds(call, roles, readers))
+    return min((together, apart), key=lambda readers: _seconds(call, roles, readers, learned))
 
 
 def _shared(call: Call, roles: Roles, members: Sequence[Member]) -> dict[tuple[int, ...], SharedMember]:
@@ -119,7 +126,9 @@ def _warn_of_others(members: Sequence[Member], readers: Readers) -> None:
         warn_once(NONE_SHARED)
 
 
-def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
+def _seconds(
+    call: Call, roles: Roles, readers: Readers, learned: Callable[[Readers], Sequence[Acceptance]] | None
+) -> float:
     """
     What is expected of prompts and of as many new tokens as there may be. Who drafts at an unknown cost is taken to be
     idle.
@@ -144,7 +153,7 @@ def _seconds(call: Call, roles: Roles, readers: Readers) -> float:
     return prompts + call.max_new_tokens * seconds_per_token(
         Turns(ones, seats.first, seats.members, at_once),
         may_propose if lengths is None else None,
-        [Acceptance().mean] * len(seats.order),
+        [0.0] * len(seats.order) if learned is None else [one.mean for one in learned(readers)],
         cost,
         rule,
         readers.weights(config),

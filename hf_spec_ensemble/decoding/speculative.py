@@ -173,7 +173,12 @@ def prepare(
         in_step=in_step,
         final_scores=FinalScores(len(input_ids), distribution.config.weights, *wanted) if late else None,
     )
-    readers = readers or share_passes(call, roles, each)
+    if readers is None:
+
+        def learned(some: Readers) -> list[Acceptance]:
+            return _memory(call, roles, some, settling, len(input_ids)).acceptance
+
+        readers = share_passes(call, roles, each, learned)
     seats = roles.sharing(readers.groups)
     authors: list[Author] = []
     for reader, numbers in zip(readers.all, readers.numbers):
@@ -256,13 +261,7 @@ def _schedule(
     lengths = seats.lengths(config) if config.speculative else (0,) * seats.members
     if lengths is not None:
         return Turns(lengths, seats.first, seats.members, at_once)
-    ensemble = (
-        kept_name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
-        config.coupling, config.alternate, call.generation_config.do_sample, batch, kept_name(call.drafter),
-        models[0].runner.way, tuple(own is not None for own in call.prompts), type(settling),
-        tuple(map(tuple, readers.groups)), call.union is not None,
-    )  # fmt: skip
-    memory = remembered([member.model for member in models], ensemble, lambda: Memory([Acceptance() for _ in authors]))
+    memory = _memory(call, seats, readers, settling, batch)
     costs = [author.costs for author in authors]
     may_propose = seats.may_propose(config)
     watches = call.drafter == PROMPT_LOOKUP or isinstance(call.drafter, Suffixes)  # which cost next to nothing
@@ -271,6 +270,23 @@ def _schedule(
     if isinstance(settling, Owner):
         return AutoMixture(*arguments, weights=readers.weights(authors[0].context.distribution.config))
     return Auto(*arguments)
+
+
+def _memory(call: Call, roles: Roles, readers: Readers, settling: All | Owner | Enough, batch: int) -> Memory:
+    """
+    What earlier calls with these readers have learned of so many rows. `roles` may be those of the members or of the
+    readers.
+    """
+    config = call.config
+    ensemble = (
+        kept_name(config.method), tuple(config.weights or ()), config.contrast, config.plausibility, config.combine_on,
+        config.coupling, config.alternate, call.generation_config.do_sample, batch,
+        kept_name(call.drafter), readers.all[0].runner.way, tuple(own is not None for own in call.prompts),
+        type(settling), tuple(map(tuple, readers.groups)), call.union is not None,
+    )  # fmt: skip
+    authors = len(readers.groups) + len(roles.order) - roles.members
+    models = [reader.model for reader in readers.all]
+    return remembered(models, ensemble, lambda: Memory([Acceptance() for _ in range(authors)]))
 
 
 def counts_of(call: Call, seats: Roles, authors: list[Author]) -> dict[str, list]:
