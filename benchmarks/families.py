@@ -3,11 +3,11 @@ Measures an ensemble of two models with different tokenizers, in both orders.
 
     python benchmarks/families.py FOLDER/base FOLDER/gemma --gsm8k gsm8k.jsonl --humaneval humaneval.jsonl
 
-Greedy mixtures of equal weights. For every prompt the standard ensemble, the speculative one and transformers' assisted
-generation with different tokenizers run in turns. The last one decodes the main model alone, with the other as its
-assistant: what it is compared in is speed. Medians over prompts are printed, with the least and the greatest ratio to
-the standard ensemble's time, how many texts are the standard ensemble's, acceptance, and the share of time outside
-passes. All ways run once before.
+Greedy mixtures of equal weights. Questions of GSM8K go through the chat template of every member. For every prompt the
+standard ensemble, the speculative one and transformers' assisted generation with different tokenizers run in turns. The
+last one decodes the main model alone, with the other as its assistant: what it is compared in is speed. Medians over
+prompts are printed, with the least and the greatest ratio to the standard ensemble's time for a token, how many texts
+are the standard ensemble's, acceptance, and the share of time outside passes. All ways run once before.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def rows(file: Path, field: str, count: int) -> list[str]:
 
 def ways(models: list, tokenizers: list, inputs: dict, tokens: int) -> dict:
     """Functions that decode, by name."""
-    both = dict(assistant_model=models[1], tokenizer=tokenizers[0], assistant_tokenizer=tokenizers[1])
-    both |= dict(max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True)
+    both = dict(tokenizer=tokenizers[0], assistant_tokenizer=tokenizers[1], max_new_tokens=tokens)
+    both |= dict(do_sample=False, return_dict_in_generate=True)
 
     def ensemble(**fields):
         return models[0].generate(**inputs, **both, ensemble_config=se.EnsembleConfig(**fields))
@@ -49,19 +49,20 @@ def ways(models: list, tokenizers: list, inputs: dict, tokens: int) -> dict:
     return {
         "standard": lambda: ensemble(speculative=False),
         "speculative": ensemble,
-        "assisted generation": lambda: models[0].generate(**inputs, **both),
+        "assisted generation": lambda: models[0].generate(**inputs | {"assistant_model": models[1]}, **both),
     }
 
 
-def measure(models: list, tokenizers: list, texts: list[str], tokens: int) -> list[str]:
+def measure(models: list, tokenizers: list, prompts: list, tokens: int) -> list[str]:
     """A line of the table for each way."""
     ratios, outputs, same = {}, {}, {}
-    for number, text in enumerate([texts[0], *texts]):
-        made, seconds = {}, {}
-        for name, run in ways(models, tokenizers, tokenizers[0](text, return_tensors="pt"), tokens).items():
+    encode = se.Ensemble(models[0], models[1:], se.EnsembleConfig(), tokenizers[0], None, tokenizers[1:]).encode
+    for number, prompt in enumerate([prompts[0], *prompts]):
+        made, seconds, inputs = {}, {}, encode(prompt)
+        for name, run in ways(models, tokenizers, inputs, tokens).items():
             start = time.perf_counter()
             made[name] = run()
-            new = made[name].sequences.shape[1] - len(tokenizers[0](text)["input_ids"])
+            new = made[name].sequences.shape[1] - inputs["input_ids"].shape[1]
             seconds[name] = (time.perf_counter() - start) / max(new, 1)
         if number == 0:
             continue
@@ -90,14 +91,15 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     models = [AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype).eval() for name in args.models]
     tokenizers = [AutoTokenizer.from_pretrained(name) for name in args.models]
-    tasks = {"GSM8K": rows(args.gsm8k, "question", args.num_prompts)}
+    questions = rows(args.gsm8k, "question", args.num_prompts)
+    tasks = {"GSM8K": [[{"role": "user", "content": question}] for question in questions]}
     tasks["HumanEval"] = rows(args.humaneval, "prompt", args.num_prompts)
     print("| | speed | range | same text | passes per token | acceptance | outside passes |\n" + "|---" * 7 + "|")
     for order in ((0, 1), (1, 0)):
         names = [args.models[i].rstrip("/").split("/")[-1] for i in order]
-        for task, texts in tasks.items():
+        for task, prompts in tasks.items():
             print(f"| **{' + '.join(names)}, {task}** | | | | | | |")
-            made = measure([models[i] for i in order], [tokenizers[i] for i in order], texts, args.max_new_tokens)
+            made = measure([models[i] for i in order], [tokenizers[i] for i in order], prompts, args.max_new_tokens)
             print("\n".join(made), flush=True)
 
 

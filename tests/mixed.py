@@ -166,7 +166,11 @@ class Definition:
             return tokenizer.encode(name.decode(), add_special_tokens=False)
         except UnicodeDecodeError:
             if type(tokenizer.backend_tokenizer.decoder) is not decoders.ByteLevel:
-                return [own[bytes([byte])][-1] for byte in name]
+                found = []  # the longest first, since there are no characters that it could read
+                while name:
+                    end = next(end for end in range(len(name), 0, -1) if name[:end] in own)
+                    found, name = [*found, own[name[:end]][-1]], name[end:]
+                return found
             table = {string: tokenizer.convert_ids_to_tokens(t[0]) for string, t in own.items() if len(string) == 1}
             spelled = "".join(table[bytes([byte])] for byte in name)
             return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(spelled)]

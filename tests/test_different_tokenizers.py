@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from mixed import TEXTS, Definition, family
-from transformers import LlamaForCausalLM, TextStreamer
+from transformers import LlamaForCausalLM, StoppingCriteriaList, StopStringCriteria, TextStreamer
 
 from hf_spec_ensemble import EnsembleConfig
+from hf_spec_ensemble.decoding.writing import Writer
 from hf_spec_ensemble.ensemble.spelling import spelling_of
 from hf_spec_ensemble.ensemble.union import Vocabulary, union_of
 from hf_spec_ensemble.members.translated import TranslatedMember
@@ -99,20 +100,34 @@ def test_greedy_text_is_the_definitions(name, order, batch):
 @pytest.mark.parametrize("order", [(0, 2), (2, 0)])
 def test_stop_strings_and_streamers_follow_what_is_written(order, capsys):
     tokenizer, by_definition = family(order)[1][0], definition(order, "weighted")
-    names = by_definition.greedy_names(TEXTS[1], 12)
-    written = [by_definition.written(names[: n + 1]) for n in range(len(names))]
-    texts = [tokenizer.decode(ids) for ids in written]
-    # Within the text, and only there; of characters that the last token before has no part of
-    pairs = [texts[-1][k : k + 2] for k in range(len(texts[3]), len(texts[-1]))]
-    stop = next(pair for pair in pairs if pair.isascii() and pair.isalpha() and pair not in texts[3])
+    for prompt in TEXTS:
+        names = by_definition.greedy_names(prompt, 12)
+        written = [by_definition.written(names[: n + 1]) for n in range(len(names))]
+        texts = [tokenizer.decode(ids) for ids in written]
+        later = [c for c in texts[-1] if c.isascii() and c.isalpha() and c not in texts[0]]
+        if later:
+            break
+    stop = later[0]  # somewhere in a token that is not the first
     expected = next(ids for ids, text in zip(written, texts) if stop in text)
     for more in ({}, dict(speculative=False)):
-        out, length = generate(order, TEXTS[1:2], "weighted", do_sample=False, stop_strings=stop, **more)
+        out, length = generate(order, [prompt], "weighted", do_sample=False, stop_strings=stop, **more)
         assert out[0, length:].tolist() == expected
         streamer = TextStreamer(tokenizer, skip_prompt=True)
-        out, length = generate(order, TEXTS[1:2], "weighted", do_sample=False, streamer=streamer, **more)
+        out, length = generate(order, [prompt], "weighted", do_sample=False, streamer=streamer, **more)
         assert capsys.readouterr().out == tokenizer.decode(out[0, length:]) + "\n"
         assert out[0, length:].tolist() == written[-1]
+
+
+def test_a_stop_string_may_end_within_what_one_token_is_written_as():
+    tokenizer, theirs = family((0, 2))[1]
+    union = union_of(tuple(Vocabulary(spelling_of(t), len(t), (t.eos_token_id,)) for t in (tokenizer, theirs)))
+    token = union.strings.index(b" question")
+    assert len(union.maps[0].read(token)) > 1
+    for stop, ends in (("q", True), ("is q", True), ("on", True), ("z", False)):
+        writer = Writer(union.maps[0], torch.tensor([tokenizer.encode("It is")]), tokenizer.pad_token_id)
+        writer.put(torch.tensor([token]), [True])
+        criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
+        assert writer.asked(criteria, writer.sequences(), None).tolist() == [ends]
 
 
 def test_a_token_may_be_four_of_another_member():

@@ -655,10 +655,10 @@ def test_members_with_different_tokenizers(tmp_path, capsys):
         call = dict(input_ids=inputs["input_ids"], max_new_tokens=8, do_sample=False)
         expected = models[0].generate(**call, **both, ensemble_config=EnsembleConfig())
         for name in ("standard", "auto"):
-            assert made[name, group]["tokens"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
+            assert made[name, group]["tokens"] == [expected[0, inputs["input_ids"].shape[1] :].tolist()]
         alone = tokenizers[1](text, return_tensors="pt")["input_ids"]
         own = models[1].generate(alone, max_new_tokens=8, do_sample=False)[0, alone.shape[1] :].tolist()
-        assert made["member:1", group]["tokens"] == own
+        assert made["member:1", group]["tokens"] == [own]
     assert "different tokenizers" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(arguments(tmp_path, more=f"--members {' '.join(names)} --compare static:auto"))
