@@ -59,9 +59,9 @@ def draw(models, inputs, config, draws=DRAWS, length=3, seed=0, **kwargs) -> tor
     return out.view(len(prompt), draws, length)
 
 
-def p_value(models, prompts, config, name, shaped=False, **kwargs) -> float:
-    """Of `DRAWS` samples of the first `prompts` prompts, in one call."""
-    draws = -(-DRAWS // prompts)
+def p_value(models, prompts, config, name, shaped=False, draws=DRAWS, **kwargs) -> float:
+    """Of so many samples of the first `prompts` prompts, in one call."""
+    draws = -(-draws // prompts)
     texts = draw(models, batch(prompts), config, draws, **(SHAPED if shaped else {}), **kwargs)
     warpers = WARPERS if shaped else ()
     probs = [oracle.continuation_probs(models, torch.tensor(p), name, 3, warpers).flatten() for p in PROMPTS[:prompts]]
@@ -106,7 +106,7 @@ def test_samples_follow_the_ensemble(name, n, prompts, alternate, coupling_and_s
 def test_the_standard_ensemble_follows_it_too(name, coupling):
     models = small_members(2)
     config = oracle.config_of(name, 2, coupling=coupling, speculative=False)
-    assert p_value(models, 3, config, name) > 1e-3
+    assert p_value(models, 3, config, name, draws=10_000) > 1e-3
 
 
 @pytest.mark.parametrize("lengths,n", [(1, 2), ([3, 1], 2), ([1, 2, 1], 3)])
@@ -121,7 +121,7 @@ def test_samples_of_different_proposal_lengths(lengths, n):
 def test_samples_of_rows_in_step(family, coupling):
     """Rows are cut to the slowest, those that would end among them: by another's draws, never by their own."""
     config = oracle.config_of("weighted", 2, num_assistant_tokens=2, coupling=coupling)
-    assert p_value(small_members(2, family), 1, config, "weighted") > 1e-3
+    assert p_value(small_members(2, family), 1, config, "weighted", draws=10_000) > 1e-3
 
 
 @pytest.mark.slow
