@@ -647,7 +647,8 @@ def test_members_with_different_tokenizers(tmp_path, capsys):
     main(arguments(tmp_path, more=given, count=2))
     made = {(line["variant"], line["group"]): line for line in runs_of(tmp_path)}
     assert {name for name, _ in made} == {"standard", "auto", "member:0", "member:1"}
-    task, models, tokenizers = tasks.TASKS["gsm8k"], *family((2, 0))
+    task, tokenizers = tasks.TASKS["gsm8k"], family((2, 0))[1]
+    models = [AutoModelForCausalLM.from_pretrained(name, dtype="float64") for name in names]
     for group in range(2):
         text = task.continuation(json.loads((tmp_path / "gsm8k.jsonl").read_text().splitlines()[group]))
         inputs = tokenizers[0](text, return_tensors="pt")

@@ -106,7 +106,7 @@ def test_everything_refuses_what_cannot_be_translated_before_a_weight_is_read(ot
     rows.write_text(json.dumps({"question": "How many?", "answer": "#### 5"}) + "\n")
     programs = [
         (cli.main, ["generate", "Hello", "--members", "reader", "solver", "--drafter", str(other)]),
-        (bench, ["--members", "reader", str(other), "--data-file", str(rows), "--shots", "0", "--num-prompts", "1"]),
+        (bench, ["--members", "reader", "solver", "--compare", f"drafter:{other}", "--data-file", str(rows)]),
     ]
     for main, words in programs:
         with pytest.raises(SystemExit) as stop:
