@@ -84,7 +84,8 @@ def _mixes(mixed: MixedAdapters, models: Sequence[PreTrainedModel]) -> bool:
         raise
     except Exception:  # whatever PEFT's code for other kinds of adapters raises
         return False
-    return all(
-        difference(rows, model(input_ids=ids, use_cache=False).logits[0]) <= tolerance_of(mixed)
-        for rows, model in zip(together, models)
-    )
+    with lock_of(mixed.base):  # one of them may be no view, and other threads use its layers
+        return all(
+            difference(rows, model(input_ids=ids, use_cache=False).logits[0]) <= tolerance_of(mixed)
+            for rows, model in zip(together, models)
+        )
