@@ -254,7 +254,7 @@ class GeneratorAuthor(Author):
     def __init__(self, index: int, context: Context, drafter: GeneratorDrafter, costs: PassCosts, dtype: torch.dtype):
         super().__init__(index, context, drafter.stopwatch, costs)
         self.drafter, self.dtype = drafter, dtype
-        self._asked = self._answered = 0  # times a row, over all rows
+        self._asked = self._answered = self._taken = 0  # times a row, over all rows
         self._drafts: list[list[int]] = []
         self._logits: list[torch.Tensor | None] = []
 
@@ -287,6 +287,11 @@ class GeneratorAuthor(Author):
         """How often it had drafts when it was asked."""
         return self._answered / self._asked if self._asked else 0.0
 
+    @property
+    def habit(self) -> tuple[int, float]:
+        """How many tokens it proposed at a time, and how often when it was asked."""
+        return (round(self.proposed / self._taken), self._taken / self._asked) if self._taken else (0, 0.0)
+
     def offer(self):
         drafts, self._drafts = self._drafts, []
         if not any(drafts):
@@ -302,6 +307,7 @@ class GeneratorAuthor(Author):
                     self.drafter.watch(row, int(text.total[row]), tokens)
             return None
         drafts = [tokens[:length] for tokens in offer.drawn]
+        self._taken += sum(map(bool, drafts))
         forbidden = self._cut_at_forbidden(drafts)
         return self._proposal(drafts, offer.confidence, forbidden, with_q=self.context.keeps_q)
 

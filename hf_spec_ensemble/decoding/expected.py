@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..schedule.mixture import predict_mixture
+from ..schedule.mixture import drafting, predict_mixture
 from ..schedule.simulation import AllSettle, OwnerSettles, simulate
 from ..schedule.theory import Cost, predict
 from ..schedule.turns import Turns
@@ -55,8 +55,13 @@ def _seconds_per_token(
     lengths: Sequence[int],
 ) -> float:
     """A formula's where there is one, else a simulation's."""
-    drafter = candidates_of.authors[-1]
-    coverage = drafter.coverage if isinstance(drafter, GeneratorAuthor) and turns.lengths[drafter.index] else 1.0
+    drafter, coverage = candidates_of.authors[-1], 1.0
+    if isinstance(drafter, GeneratorAuthor):
+        if turns.lengths[drafter.index]:
+            coverage = drafter.coverage
+        elif drafter.habit[0]:  # decided for each draft
+            length, coverage = drafter.habit
+            turns = drafting(turns, drafter.index, length)
     rule = candidates_of.settling.rule(readers.groups)
     if len(lengths) == 1 and coverage == 1:
         if isinstance(rule, OwnerSettles):

@@ -237,7 +237,8 @@ class Auto(Schedule):
         The plan for these costs `[A][w]`, in seconds per row, and probabilities `[A]` that proposals are kept; the
         former one where nothing has changed.
         """
-        turns, prediction = best_turns(self.turns, acceptance, looked_up(tables), self.may_propose, WORTHWHILE)
+        may_propose = [may and author != self._start.occasional for author, may in enumerate(self.may_propose)]
+        turns, prediction = best_turns(self.turns, acceptance, looked_up(tables), may_propose, WORTHWHILE)
         prediction, patient = self._in_batch(turns, prediction, acceptance, looked_up(tables))
         plan, before = Plan(turns, prediction, acceptance, tables, patient), self.memory.plan
         return plan if before is None or plan.differs(before) else before

@@ -112,6 +112,12 @@ class Turns(Schedule):
     def turns(self) -> "Turns":
         return self
 
+    @property
+    def occasional(self) -> int | None:
+        """The drafter that has something to say only in places, if there is one: lengths are not chosen for it, but it
+        drafts where that is worth more than what they give."""
+        return self.at_once if self.watches else None
+
     def proposes(self, situation, confidence) -> int:
         length = self.lengths[situation.current]
         return length if situation.current == self.at_once else min(length, 1)
