@@ -116,6 +116,7 @@ class Auto(Schedule):
         if at_once is not None:
             ones[at_once] = 0 if watches else LOOKUP_LENGTHS[1]
         self._start = Turns(tuple(ones), first, members, at_once, watches)
+        self._longest = 1  # turn of this call; in a batch, whose rows hardly all lose one, it is not counted
         self._standard = Turns((0,) * len(ones), first, members, at_once)
 
     @property
@@ -152,6 +153,8 @@ class Auto(Schedule):
             return self._standard.hand_over(situation)
         turns = self.turns
         if turns.may_go_on(situation) and self._goes_on(situation):
+            if self.batch == 1:
+                self._longest = max(self._longest, situation.turn + 1)
             return situation.current, situation.turn + 1
         return turns.hand_over(situation)
 
@@ -198,7 +201,7 @@ class Auto(Schedule):
         for acceptance in self.memory.acceptance:
             acceptance.fade(tokens)
         memory = self.memory
-        memory.pace.advanced(progress, self._standard_seconds(), max(self.turns.lengths[: self.members]))
+        memory.pace.advanced(progress, self._standard_seconds(), self._longest)
         enough = memory.interval if memory.plan else memory.interval // min(self.batch, SOONER)
         if memory.passes >= enough and memory.planning_seconds <= PLANNING_SHARE * memory.seconds:
             self._plan()
