@@ -78,11 +78,12 @@ def _seconds_per_token(variant: Variant, condition: Condition, curves: Sequence[
         tables.append([taken[at_once] / max(passes[at_once], 1)] * (WIDEST + 1))
     tables = [tables[i] for i in roles.order]
     tried = [verified[i] for i in roles.order]
+    rule = _rule(roles.config(config), roles.members, condition, runs)
     best = [
         limit(
             acceptance=[accepted[i] / verified[i] if verified[i] else 0.0 for i in roles.order],
             cost=lambda author, width: tables[author][min(width, WIDEST)],
-            rule=_rule(roles.config(config), roles.members, condition, runs),
+            rule=rule,
             may_propose=[may and bool(count) for may, count in zip(roles.may_propose(config), tried)],
             at_once=at_once,
             drafted=1.0 if at_once is None else min(verified[at_once] / sum(run["new_tokens"] for run in runs), 1.0),

@@ -34,8 +34,8 @@ class EnsembleStats:
         prompt_tokens_saved (`int`): Tokens of such members' prompts that were read once for several rows.
         predicted_speedup (`float`, *optional*): Over the standard ensemble, inside the passes, those over the prompt
             included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
-            proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch
-            takes as long as its slowest row, which is not foreseen.
+            proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch, a
+            greedy mixture that some members settle, and drafts in places are simulated.
         settled_early (`float`, *optional*): Of a greedy mixture: how often members with more than half of the weight
             settled a token, asked before the others had scored it; `None` where none were.
         row_tokens (`list[int]`): Tokens generated, by row.

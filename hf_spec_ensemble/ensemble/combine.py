@@ -27,9 +27,8 @@ def weighted_sum(scores: Sequence[torch.Tensor], weights: Sequence[float]) -> to
         `torch.Tensor` `[..., V]`: Logits, not normalised; -inf for removed tokens, never nan.
     """
     total = _linear(scores, weights)
-    if (
-        total.device.type == "cpu" and total.sum().isfinite()
-    ):  # then each is  # elsewhere, asking costs more than it saves
+    # A finite sum has finite terms only. Elsewhere than on a CPU, asking costs more than it saves
+    if total.device.type == "cpu" and total.sum().isfinite():
         return total
     removed = [member == -torch.inf for member in scores]
     # Of the kept ones

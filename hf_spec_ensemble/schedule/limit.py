@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from .mixture import drafting, predict_mixture, with_drafts
 from .simulation import AllSettle, EnoughSettle, OwnerSettles, simulate
-from .theory import LENGTHS, LOOKUP_LENGTHS, Cost, Prediction, best_turns
+from .theory import LENGTHS, Cost, Prediction, best_turns
 from .turns import Turns
 
 
@@ -88,12 +88,11 @@ def _candidates(standard: Turns, acceptance: Sequence[float], cost: Cost, may_pr
     """
     at_once = standard.at_once
     own = [may and author != at_once for author, may in enumerate(may_propose)]
+    drafters = [may and author == at_once for author, may in enumerate(may_propose)]
     tried = [standard, replace(standard, lengths=tuple(int(may and i < standard.members) for i, may in enumerate(own)))]
     tried += [drafting(standard, i, length) for i, may in enumerate(own) if may for length in LENGTHS[1:]]
     tried.append(best_turns(standard, acceptance, cost, own, gain=0.0)[0])
-    if at_once is not None and may_propose[at_once]:
-        tried += [drafting(turns, at_once, length) for turns in tried for length in LOOKUP_LENGTHS if length]
-    return list(dict.fromkeys(tried))
+    return list(dict.fromkeys(option for turns in tried for option in with_drafts(turns, drafters)))
 
 
 def _in_step(standard: Turns, cost: Cost) -> Prediction:

@@ -14,7 +14,7 @@ PAUSE = (48, 384)  # tokens for which speculation pauses, first and at most: the
 class Pace:
     """
     Keeps account of what passes cost and what the standard ensemble would have needed for the same tokens, and says
-    when to pause. So speculation loses no more than a token or two for each pause, whatever the text.
+    when to pause. So speculation loses a token or two for each pause, and half of its longest turn, whatever the text.
 
     State: the account, what is left of a pause, how long the next one is, and tokens since the last. Any number of
     threads may add and read.
