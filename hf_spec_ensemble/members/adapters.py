@@ -204,7 +204,8 @@ def adapters_of(model: PreTrainedModel) -> tuple[str, ...] | None:
         return tuple(model._names)
     base = base_of(model)
     layers = _adapter_layers(base) if getattr(base, "peft_config", None) else []
-    found = {() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers} or {()}
+    with lock_of(model):  # or those of a view that runs in another thread
+        found = {() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers} or {()}
     return found.pop() if len(found) == 1 else None
 
 

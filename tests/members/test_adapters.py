@@ -15,7 +15,7 @@ from families import PAD, SPECIAL, VOCAB, prompts, tiny
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble.members.adapters import base_of, lock_of
+from hf_spec_ensemble.members.adapters import adapters_of, base_of, lock_of
 from hf_spec_ensemble.members.costs import PassCosts, pass_costs, remembered
 
 
@@ -395,6 +395,24 @@ def test_forward_passes_of_views_in_threads_do_not_leak(eager_threads):
 
     wanted = [[logits(view)] * 20 for view in views]
     assert in_threads([functools.partial(logits, view) for view in views], times=20) == wanted
+
+
+def test_the_main_models_adapters_are_not_read_while_a_view_runs():
+    """They would be taken for the view's, and a shared pass would have them for the whole text."""
+    model = adapted("wrapped")
+    view = se.with_adapter(model, "code")
+    running = threading.Event()
+
+    def hold():
+        with lock_of(model), view._active():
+            running.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    assert running.wait(60)
+    assert adapters_of(model) == ("maths",)
+    thread.join()
 
 
 def test_eight_threads_do_not_leak(eager_threads):
