@@ -4,7 +4,7 @@
 #
 # FOLDER holds four models with one tokenizer, `base`, `math` and `code` of equal size and the small `draft`, and rows of
 # the tasks, `gsm8k.jsonl` and `humaneval.jsonl`, with the fields of their Hub versions. Names of arguments after it
-# choose parts: two three greedy early weight contrastive product batch8 batch16. Interrupted, it goes on where it was.
+# choose parts: two three greedy early weight contrastive product steering batch8 batch16. Interrupted, it goes on where it was.
 #
 # PROMPTS (16) of each task, TOKENS (128), THREADS (2), DTYPE (float32; bfloat16, or auto for the faster), and DATA
 # (FOLDER) with the rows. A short version, some minutes on two cores:
@@ -32,7 +32,7 @@ batch() { # SIZE: at least two batches, or medians mean nothing
     part "batch$1" base math -- --batch-sizes "$1" --temperatures 0 1 --compare auto drafter:none
 }
 
-[ $# -gt 0 ] || set -- two three greedy early weight contrastive product batch8 batch16
+[ $# -gt 0 ] || set -- two three greedy early weight contrastive product steering batch8 batch16
 for each; do
     case $each in
         two) part two base math -- --temperatures 1 --compare auto drafter:none loop ;;
@@ -42,6 +42,7 @@ for each; do
         weight) part weight base math -- --compare auto drafter:none ensemble-weight:3 ensemble-weight:5 ensemble-weight:8 ;;
         contrastive) part contrastive base draft -- --method contrastive --contrast 0.1 --temperatures 0 1 --compare auto drafter:none ;;
         product) part product base math -- --method product --temperatures 0 1 --compare auto drafter:none ;;
+        steering) part steering code math base -- --method product --weights 1 1 -1 --compare auto drafter:none ;;
         batch8) batch 8 ;;
         batch16) batch 16 ;;
         *) echo "There is no part $each." >&2; exit 1 ;;

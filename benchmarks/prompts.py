@@ -5,7 +5,7 @@ Measures one model as several members: its passes shared, against passes of each
         --gsm8k gsm8k.jsonl --humaneval humaneval.jsonl
 
 Four cases, greedy: guidance, context-aware decoding over a document, a mixture over four contexts, and a base with two
-adapters. The ways to decode each, all but the first two with and without the default drafter:
+adapters, which answers a chat. The ways to decode each, all but the first two with and without the default drafter:
 
 - transformers: its own `guidance_scale`; of guidance alone
 - separate passes: the standard ensemble, each member by itself (`speculative=False, share_passes=False`)
@@ -15,8 +15,9 @@ adapters. The ways to decode each, all but the first two with and without the de
 - merged: of adapters, models with one merged into each, which take turns
 
 For every prompt all ways run in turns. Of each way the median of the ratios of times is printed, over that of the
-case's first way, with the least and greatest, how many texts are the first way's, and the passes for a token. All ways
-run once before, which takes what is measured or compiled once.
+case's first way, with the least and greatest, how many texts are the first way's, and the passes for a token; for a
+case the lengths of the texts, since short ones say little. All ways run once before, which takes what is measured or
+compiled once.
 """
 
 import argparse
@@ -66,8 +67,15 @@ class Ways:
     def _rows(self, file: Path, field: str) -> list[str]:
         return [json.loads(line)[field] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
-    def prompt(self, text: str) -> dict[str, torch.Tensor]:
-        return dict(self.tokenizer(text, return_tensors="pt"))
+    def prompt(self, text: str, chat: bool = False) -> dict[str, torch.Tensor]:
+        if not chat:
+            return dict(self.tokenizer(text, return_tensors="pt"))
+        messages = [{"role": "user", "content": text}]
+        return dict(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        )
 
     def document(self, rows: list[str], number: int) -> str:
         """Other rows of the task, as many tokens of them as a document has."""
@@ -140,7 +148,7 @@ def adapters(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
         for name, folder in pairs[1:]:
             wrapped.load_adapter(folder, adapter_name=name)
         ways.wrapped, ways.names = wrapped.eval(), [name for name, _ in pairs]
-    inputs, config = ways.prompt(rows[number]), se.EnsembleConfig()
+    inputs, config = ways.prompt(rows[number], chat=True), se.EnsembleConfig()
     views = [se.with_adapter(ways.wrapped, name) for name in (*ways.names[1:], None)]
     main, *others = *ways.merged, ways.model
     adapted = dict(assistant_model=views, ensemble_config=config)
@@ -154,13 +162,14 @@ def adapters(ways: Ways, rows: list[str], number: int) -> dict[str, Callable]:
 CASES = {"guidance": guidance, "context-aware": context_aware, "contexts": contexts, "adapters": adapters}
 
 
-def measured(run: Callable) -> tuple[float, list[int], float]:
-    """Seconds, the text, which is of one length in all ways that give the same, and passes for a token."""
+def measured(run: Callable) -> tuple[float, list[int], float, int]:
+    """Seconds, the text, and passes for a token and new tokens, where the package tells these."""
     start = time.perf_counter()
     out = run()
     seconds = time.perf_counter() - start
     stats = getattr(out, "stats", None)
-    return seconds, out.sequences[0].tolist(), float("nan") if stats is None else stats.passes_per_token
+    told = (float("nan"), 0) if stats is None else (stats.passes_per_token, stats.row_tokens[0])
+    return seconds, out.sequences[0].tolist(), *told
 
 
 def main() -> None:
@@ -177,16 +186,19 @@ def main() -> None:
             ratios: dict[str, list[float]] = {}
             passes: dict[str, list[float]] = {}
             same: dict[str, int] = {}
+            lengths: list[int] = []
             for number in range(-1, min(args.num_prompts, len(rows))):  # the first time nothing is kept
                 results = {}
                 for name, run in CASES[case](ways, rows, max(number, 0)).items():
                     if args.ways is None or name in args.ways:
                         results[name] = measured(run)
                 first = next(iter(results.values()))
-                for name, (seconds, new, a_token) in results.items() if number >= 0 else ():
+                lengths += [max(result[3] for result in results.values())] if number >= 0 else []
+                for name, (seconds, new, a_token, _) in results.items() if number >= 0 else ():
                     ratios.setdefault(name, []).append(first[0] / seconds)
                     passes.setdefault(name, []).append(a_token)
                     same[name] = same.get(name, 0) + (new == first[1])
+            print(f"  new tokens: {', '.join(map(str, lengths))}")
             for name, values in ratios.items():
                 print(
                     f"  {name:28} {statistics.median(values):5.2f}x [{min(values):.2f}, {max(values):.2f}]  "

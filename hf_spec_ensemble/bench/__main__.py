@@ -76,7 +76,13 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--repeats", type=int, default=default.repeats, help="measurements of each text (default: %(default)s)"
     )
-    what.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="seeds of sampled texts")
+    what.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=default.seeds,
+        help="seeds of sampled texts; prompts have different ones",
+    )
     what.add_argument("--shots", type=int, help="examples before a question (default: the task's)")
     what.add_argument("--no-chat-template", dest="chat", action="store_false", help="prompts in plain text")
     what.add_argument("--curve", choices=tuple(CURVES), help="vary this, and draw speed-up and tokens/s against it")

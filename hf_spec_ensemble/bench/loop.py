@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..compat import cache_names
+from ..decoding.drawing import Ancestral
 
 
 @torch.no_grad()
@@ -23,6 +25,9 @@ def ancestral_loop(
     """
     Samples r = sum_i w_i p_i token by token: draws an owner i ~ w, lets it read what it has not read, and draws the
     token from p_i. A decoding method for `generate(custom_generate=ancestral_loop)`.
+
+    The owners are those that the ensemble has after the same seed: which members read when is a good part of what a
+    short text costs, and would otherwise differ by chance.
 
     Args:
         assistant_models (`Sequence[PreTrainedModel]`): The other members, decoder-only, with the main model's
@@ -48,9 +53,9 @@ def ancestral_loop(
     """
     members = [model, *assistant_models]
     caches, read = [DynamicCache(config=member.config) for member in members], [0] * len(members)
-    weights, ended = torch.tensor(weights), False
+    owners, prompt, ended = Ancestral(weights), input_ids.shape[1], False
     while not ended:
-        owner = int(torch.multinomial(weights, 1))
+        (owner,) = owners.owners(np.array([input_ids.shape[1] - prompt])).tolist()
         cache = {cache_names(members[owner])[1]: caches[owner]}
         logits = members[owner](input_ids[:, read[owner] :], **cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         read[owner] = input_ids.shape[1]

@@ -240,7 +240,7 @@ class Bench:
         arguments |= {"return_dict_in_generate": True} | self._settings(condition, variant) | more
         inputs = batch_of(group.own.get(name, group.prompts), self._padding_of(name)["pad_token_id"], model.device)
         with variant.prepared(members), Passes([] if variant.config else members) as passes:
-            torch.manual_seed(seed)
+            torch.manual_seed((seed << 32) + group.index)  # whom a mixture draws from, and so its time, are chance too
             _synchronize(model.device)
             start = time.perf_counter()
             output = model.generate(**inputs, **arguments)

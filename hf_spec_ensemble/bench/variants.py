@@ -31,8 +31,9 @@ compiled:fixed:1,1"""
 NOTES = {
     BATCHED: "all prompts are one call of `generate_batch`, with as many rows as others have in a batch. Its time is "
     "divided among them by their tokens. Sampled texts are others: noise is keyed by a prompt's place among all.",
-    "loop": "a plain loop over KV caches: it draws the member whose turn it is, lets it read, and draws the token. It "
-    "uses other random numbers, so that its texts are others of the same distribution.",
+    "loop": "a plain loop over KV caches: it draws the member whose turn it is, lets it read, and draws the token. "
+    "These members are the ensemble's; its tokens are drawn with other random numbers, so that its texts are others of "
+    "the same distribution.",
     "assisted": "transformers' assisted generation of the first two members: the text is the main model's, not the "
     "ensemble's.",
     "ensemble-weight": "transformers' `assistant_ensemble_weight`: mixes the two distributions where it verifies, but "

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import PurePath
 from typing import Any
 
 from transformers import PreTrainedModel
+
+from ..members.adapters import AdapterView
 
 
 def kept_name(thing: Any) -> str | None:
@@ -13,11 +16,19 @@ def kept_name(thing: Any) -> str | None:
 
 
 def names_of(authors: list, prompts: Sequence[Any] = ()) -> list[str]:
-    """Readable names of models and drafters, all different; for some of them, their own prompts are given."""
-    names = [getattr(getattr(author, "config", None), "_name_or_path", None) or kept_name(author) for author in authors]
-    names = [name.rstrip("/").split("/")[-1] for name in names]
-    names = [f"{name}, own prompt" if own else name for name, own in zip_longest(names, prompts)]
+    """
+    Readable names of models and drafters, all different: the last of a folder's or repository's, with a view's adapter;
+    for some of them, their own prompts are given.
+    """
+    names = [f"{_name(author)}, own prompt" if own else _name(author) for author, own in zip_longest(authors, prompts)]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _name(author: Any) -> str:
+    path = getattr(getattr(author, "config", None), "_name_or_path", None)
+    if not isinstance(author, AdapterView):
+        return PurePath(path).name if path else kept_name(author)
+    return f"{PurePath(path).name if path else type(author.base).__name__}:{author.adapter}"
 
 
 def titles_of(models: list[PreTrainedModel], members: Sequence[int]) -> list[str]:

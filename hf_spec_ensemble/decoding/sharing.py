@@ -11,7 +11,8 @@ from ..members.rows import SharedMember, groups_of, measure, share
 from ..notices import warn_once
 from ..schedule.acceptance import Acceptance
 from ..schedule.roles import Roles
-from ..schedule.sharing import ALL, ENOUGH, OWNER, seconds_per_token
+from ..schedule.sharing import seconds_per_token
+from ..schedule.simulation import AllSettle, EnoughSettle, OwnerSettles
 from ..schedule.turns import Turns
 from .call import Call
 
@@ -145,9 +146,6 @@ def _seconds(
     def cost(author: int, width: int) -> float:
         return 0.0 if author == at_once else _cost(readers, author, batch, width) or dearest
 
-    rule = ALL
-    if config.speculative and config.is_mixture and not call.shows_scores:
-        rule = ENOUGH if not call.generation_config.do_sample else OWNER if config.coupling == "ancestral" else ALL
     ones = tuple(int(may) for may in may_propose) if lengths is None else lengths
     prompts = sum(_prompt_cost(one, batch) or dearest for one in readers.all[: seats.members])
     return prompts + call.max_new_tokens * seconds_per_token(
@@ -155,10 +153,17 @@ def _seconds(
         may_propose if lengths is None else None,
         [0.0] * len(seats.order) if learned is None else [one.mean for one in learned(readers)],
         cost,
-        rule,
-        readers.weights(config),
+        _rule(call, readers, config),
         batch,
     )
+
+
+def _rule(call: Call, readers: Readers, config: EnsembleConfig) -> AllSettle | OwnerSettles | EnoughSettle:
+    if not (config.speculative and config.is_mixture) or call.shows_scores:
+        return AllSettle(len(readers.groups))
+    if not call.generation_config.do_sample:
+        return EnoughSettle(readers.weights(config), {})
+    return OwnerSettles(readers.weights(config)) if config.coupling == "ancestral" else AllSettle(len(readers.groups))
 
 
 def _prompt_cost(reader: Member | SharedMember, batch: int) -> float | None:

@@ -1,10 +1,8 @@
 """The way in: checks, texts, passes, weights, report, in this order."""
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import METHODS, EnsembleConfig
 from ..decoding.families import tokenizer_list, union_for
+from ..decoding.names import names_of
 from ..decoding.validate import check_members, shared_vocabulary
 from ..ensemble.union import Union
-from ..members.adapters import AdapterView
 from .linear import Objective, contrast_weight, greatest_plausibility, product_weights, score
 from .mixture import mixture_log_probs, mixture_weights
 from .passes import OwnTokens, Reading
@@ -132,7 +130,7 @@ def fit(
         reading = Reading(members, shared, fitted, out, batch_size, memory_of_set, seed, union)
         try:
             reading.run(progress)
-            results[name] = _fit(reading, method, plausibility, _names(members), seed)
+            results[name] = _fit(reading, method, plausibility, names_of(list(members)), seed)
         except KeyboardInterrupt:
             if not results:
                 raise
@@ -205,16 +203,6 @@ def _check_tokens(texts: list[Text], shared: int) -> None:
     most = max(max(text.ids) for text in texts)
     if most >= shared:
         raise ValueError(f"A text has token {most}, but the smallest of the members' vocabularies has {shared} tokens.")
-
-
-def _names(members: list[PreTrainedModel]) -> list[str]:
-    """The folders' or repositories' last names, or adapters'; numbered where they do not tell members apart."""
-    names = []
-    for number, member in enumerate(members, 1):
-        name = Path(getattr(member.config, "_name_or_path", None) or f"member {number}").name
-        names.append(f"{name}:{member.adapter}" if isinstance(member, AdapterView) else name)
-    many = Counter(names)
-    return [f"{name} ({number})" if many[name] > 1 else name for number, name in enumerate(names, 1)]
 
 
 @torch.no_grad()

@@ -29,8 +29,7 @@ def limit(
     - Acceptance is one number for each author, the same at every position. A schedule that proposes only where an
       author is sure has measured a higher one than the author has elsewhere, and then the limit is too high; and one
       that knows where to propose can be faster than all fixed schedules.
-    - In the formula for mixtures a pass of an owner costs what one of average width does. Where c(w) rises in a step,
-      the average over widths is less, and the limit is too low.
+    - It is what is expected. Whom a sampled mixture draws from is chance, and a short text may be lucky.
     - Passes that read late tokens without giving logits cost less than `cost` says.
 
     A drafter whose proposals come all at once has something to say only in places. `drafted` is the share of tokens

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .mixture import predict_leaders, predict_mixture, with_drafts
+from .simulation import AllSettle, EnoughSettle, OwnerSettles
 from .theory import Cost, best_turns, predict
 from .turns import Turns
-
-
-ALL, OWNER, ENOUGH = "all", "owner", "enough"  # must have scored a position; see `decoding.settling`
 
 
 def seconds_per_token(
@@ -16,8 +14,7 @@ def seconds_per_token(
     may_propose: Sequence[bool] | None,
     acceptance: Sequence[float],
     cost: Cost,
-    rule: str = ALL,
-    weights: Sequence[float] = (),
+    rule: AllSettle | OwnerSettles | EnoughSettle,
     batch: int = 1,
 ) -> float:
     """
@@ -30,31 +27,32 @@ def seconds_per_token(
             given.
         acceptance (`Sequence[float]`, A), cost (`Callable[[int, int], float]`): As in `theory.predict`, with the costs
             of passes over all rows.
-        rule (`str`): Who must score a position before its token is final: `"all"`, the position's `"owner"` (of a
-            sampled mixture), or `"enough"` (of a greedy one).
-        weights (`Sequence[float]`): Of the mixture: what each author's members have together.
+        rule (`AllSettle`, `OwnerSettles` or `EnoughSettle`): What settles a token. Weights are those of what reads:
+            what each author's members have together.
         batch (`int`, defaults to 1): B.
 
     Example: three rows of one pass, and three members of a greedy product that take turns.
 
     >>> from hf_spec_ensemble.schedule.sharing import seconds_per_token
+    >>> from hf_spec_ensemble.schedule.simulation import AllSettle
     >>> from hf_spec_ensemble.schedule.turns import Turns
 
-    >>> seconds_per_token(Turns((0,), 0, 1), [True], [0.0], lambda author, width: 1.9)
+    >>> seconds_per_token(Turns((0,), 0, 1), [True], [0.0], lambda author, width: 1.9, AllSettle(1))
     1.9
-    >>> round(seconds_per_token(Turns((1, 1, 1), 0, 3), [True] * 3, [0.7] * 3, lambda author, width: 1.0), 2)
+    >>> three = Turns((1, 1, 1), 0, 3)
+    >>> round(seconds_per_token(three, [True] * 3, [0.7] * 3, lambda author, width: 1.0, AllSettle(3)), 2)
     1.6
     """
-    if rule == OWNER:
+    if isinstance(rule, OwnerSettles):
         options = [turns]
         if may_propose is not None:
             nobody = tuple(int(may and i < turns.members) for i, may in enumerate(may_propose))
             options = with_drafts(replace(turns, lengths=nobody), may_propose)
-        return min(predict_mixture(one, weights, acceptance, cost, batch).seconds_per_token for one in options)
+        return min(predict_mixture(one, rule.weights, acceptance, cost, batch).seconds_per_token for one in options)
     if may_propose is None:
         seconds = predict(turns, acceptance, cost).seconds_per_token
     else:
         seconds = best_turns(turns, acceptance, cost, may_propose)[1].seconds_per_token
-    if rule == ENOUGH:
-        seconds = min(seconds, predict_leaders(weights, cost).seconds_per_token)
+    if isinstance(rule, EnoughSettle):
+        seconds = min(seconds, predict_leaders(rule.weights, cost).seconds_per_token)
     return seconds

@@ -275,17 +275,24 @@ def test_the_loop_samples_the_mixture():
 
 
 def test_the_loop_reads_every_token_once():
-    models = [tiny("llama", seed) for seed in (1, 2)]
-    read = Counter()
+    models, widths = [tiny("llama", seed) for seed in (1, 2)], [[], []]
     hooks = [
         model.register_forward_pre_hook(
-            lambda _, args, given, i=i: read.update({i: args[0].shape[1]}), with_kwargs=True
+            lambda _, args, given, i=i: widths[i].append(args[0].shape[1]), with_kwargs=True
         )
         for i, model in enumerate(models)
     ]
     rival = dict(custom_generate=ancestral_loop, assistant_models=models[1:], weights=[0.5, 0.5])
-    out = models[0].generate(torch.tensor([[5, 6, 7]]), **rival, do_sample=True, max_new_tokens=12, eos_token_id=None)
+    call = dict(inputs=torch.tensor([[5, 6, 7]]), do_sample=True, max_new_tokens=12, eos_token_id=None)
+    torch.manual_seed(0)
+    out = models[0].generate(**call, **rival)
     for hook in hooks:
         hook.remove()
+    read = [sum(each) for each in widths]
     assert out.sequences.shape == (1, 15)
-    assert max(read.values()) == 14 and min(read.values()) <= 14
+    assert max(read) == 14 and min(read) <= 14
+    torch.manual_seed(0)
+    ensemble = models[0].generate(
+        **call, assistant_model=models[1:], ensemble_config=EnsembleConfig(), return_dict_in_generate=True
+    )
+    assert [len(each) for each in widths] == ensemble.stats.owned, "the same members draw in both"

@@ -200,11 +200,11 @@ def test_what_is_no_gain_is_said():
     assert "the gain over uniform is within noise" in str(noise)
     assert "too few to rely on" in str(noise)
     other = fit(unlike(2), sampled((1.0, 0.0)), held_out=sampled((0.0, 1.0))[:12])
-    assert "fitted is worse than member 2 on the held-out texts" in str(other)
+    assert "fitted is worse than LlamaForCausalLM (1) on the held-out texts" in str(other)
     useless = fit(unlike(2), sampled((1.0, 0.0)))
     assert useless.config.weights[1] < 0.03
     if useless.config.weights[1] == 0:
-        assert "member 2 has the weight 0: it only drafts" in str(useless)
+        assert "LlamaForCausalLM (1) has the weight 0: it only drafts" in str(useless)
 
 
 def test_a_cut_that_forbids_what_was_written_is_said():

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from hf_spec_ensemble.schedule.mixture import predict_leaders, predict_mixture
-from hf_spec_ensemble.schedule.sharing import ENOUGH, OWNER, seconds_per_token
+from hf_spec_ensemble.schedule.sharing import seconds_per_token
+from hf_spec_ensemble.schedule.simulation import AllSettle, EnoughSettle, OwnerSettles
 from hf_spec_ensemble.schedule.turns import Turns
 
 
@@ -58,14 +59,22 @@ def both(rule, weights, together, drafter=None, batch=1):
     n, at_once = len(weights), None if drafter is None else len(weights)
     drafts = () if drafter is None else (0,)
     apart = seconds_per_token(
-        Turns((1,) * n + drafts, 0, n, at_once), [True] * (n + len(drafts)), [0.7] * n + [drafter], one(n), rule,
-        weights, batch,
+        Turns((1,) * n + drafts, 0, n, at_once), [True] * (n + len(drafts)), [0.7] * n + [drafter], one(n),
+        rule(weights), batch,
     )  # fmt: skip
     shared = seconds_per_token(
         Turns((1, *drafts), 0, 1, None if drafter is None else 1), [True] * (1 + len(drafts)), [0.7, drafter],
-        one(1, together), rule, [1.0], batch,
+        one(1, together), rule([1.0]), batch,
     )  # fmt: skip
     return apart, shared
+
+
+def of_all(weights):
+    return AllSettle(len(weights))
+
+
+def enough(weights):
+    return EnoughSettle(weights, {})
 
 
 def one(members, seconds=1.0):
@@ -73,21 +82,22 @@ def one(members, seconds=1.0):
 
 
 def test_what_sharing_is_worth():
-    apart, shared = both("all", [1.5, -0.5], together=1.2)
+    apart, shared = both(of_all, [1.5, -0.5], together=1.2)
     assert apart == pytest.approx(1.3) and shared == 1.2  # one pass, and another for what is rejected
-    apart, shared = both(OWNER, [0.5, 0.5], together=1.2)
+    apart, shared = both(OwnerSettles, [0.5, 0.5], together=1.2)
     assert apart == pytest.approx(1) and shared == 1.2  # the owner alone
-    apart, shared = both(OWNER, [0.5, 0.5], together=1.2, drafter=0.9)
+    apart, shared = both(OwnerSettles, [0.5, 0.5], together=1.2, drafter=0.9)
     assert shared < 0.7 * apart  # drafts are verified at once, and not by one owner after the other
-    apart, shared = both(OWNER, [0.25] * 4, together=1.2, batch=8)
+    apart, shared = both(OwnerSettles, [0.25] * 4, together=1.2, batch=8)
     assert shared < 0.5 * apart  # rows of a batch have different owners
-    apart, shared = both(ENOUGH, [0.7, 0.3], together=1.2)
+    apart, shared = both(enough, [0.7, 0.3], together=1.2)
     assert apart == pytest.approx(1.23)  # the heavier settles most alone
 
 
 def test_given_lengths_are_kept():
     turns, cost = Turns((2, 1), 0, 2), one(2)
-    assert seconds_per_token(turns, None, [0.5, 0.5], cost) > seconds_per_token(turns, [True] * 2, [0.5, 0.5], cost)
-    mixture = dict(rule=OWNER, weights=[0.5, 0.5])
+    given, chosen = (seconds_per_token(turns, may, [0.5, 0.5], cost, AllSettle(2)) for may in (None, [True] * 2))
+    assert given > chosen
+    mixture = dict(rule=OwnerSettles([0.5, 0.5]))
     assert seconds_per_token(turns, None, [0.1, 0.5], cost, **mixture) > 1.2
     assert seconds_per_token(turns, [True] * 2, [0.1, 0.5], cost, **mixture) == 1
