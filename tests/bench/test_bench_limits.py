@@ -295,4 +295,4 @@ def test_the_loop_reads_every_token_once():
     ensemble = models[0].generate(
         **call, assistant_model=models[1:], ensemble_config=EnsembleConfig(), return_dict_in_generate=True
     )
-    assert [len(each) for each in widths] == ensemble.stats.owned, "the same members draw in both"
+    assert [len(each) for each in widths] == ensemble.stats.owned[:2], "the same members draw in both"
