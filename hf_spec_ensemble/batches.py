@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .notices import warn_once
 
 
 LONGEST = 2**31  # list of prompts
+OTHER_TOKENIZERS = "Members with different tokenizers are not supported here: use `generate()`."
 
 
 @dataclass
@@ -113,6 +115,7 @@ def generate_batch(
     >>> [(name, len(result.generated_tokens)) for name, result in results.items()]
     [('req_0', 4), ('req_1', 4), ('req_2', 4)]
     """
+    inputs = list(inputs) if isinstance(inputs, Iterator) else inputs
     results = generate_as_completed(
         model, inputs, assistant_model, ensemble_config, generation_config, batch_size, **kwargs
     )
@@ -135,7 +138,8 @@ def generate_as_completed(
 ) -> Iterator[EnsembleGenerationOutput]:
     r"""
     As `generate_batch`, one result after the other as they are done, in whatever order that is. What was given out is
-    the caller's, whatever happens later. Arguments are checked at once, and decoding goes on while results are taken.
+    the caller's, whatever happens later. Arguments are checked at once, and decoding goes on while results are taken:
+    the seed is drawn from torch's generator when the first one is.
 
     Returns:
         `Iterator[EnsembleGenerationOutput]`.
@@ -210,9 +214,9 @@ def _prompts(inputs: Sequence[Sequence[int]]) -> list[list[int]]:
 def _tokens(number: int, prompt: Any) -> list[int]:
     if not isinstance(prompt, (str, bytes, dict)) and getattr(prompt, "ndim", 1) == 1 and hasattr(prompt, "__iter__"):
         tokens = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
-        if all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        if all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens):
             if tokens:
-                return tokens
+                return list(map(int, tokens))
             raise ValueError(f"Prompt {number} is empty: give at least one token, as the one that begins a text.")
     raise TypeError(
         f"Prompt {number} must be a list of token ids, but is a {type(prompt).__name__}: {str(prompt)[:60]!r}. Pass "
@@ -225,13 +229,15 @@ def _places(numbers: Sequence[int] | None, count: int) -> list[int]:
     if numbers is None:
         return list(range(count))
     places = list(numbers)
-    if not all(isinstance(place, int) and 0 <= place < LONGEST for place in places) or len(set(places)) < len(places):
+    if not all(isinstance(place, Integral) and 0 <= place < LONGEST for place in places) or len({*places}) < len(
+        places
+    ):
         raise ValueError(
             f"`numbers` must be places in a list, whole numbers from 0 on and each once, but are {str(numbers)[:60]}."
         )
     if len(places) != count:
         raise ValueError(f"`numbers` has {len(places)} places, but there are {count} `inputs`: give one for each.")
-    return places
+    return list(map(int, places))
 
 
 def _check_size(batch_size: int) -> None:
@@ -241,6 +247,8 @@ def _check_size(batch_size: int) -> None:
 
 def _check_arguments(given: dict[str, Any]) -> None:
     """Raises for arguments of `generate()` that are of one batch, and not of every prompt."""
+    if given.get("assistant_tokenizer") is not None:
+        raise ValueError(OTHER_TOKENIZERS)
     for name, value in given.items():
         if isinstance(value, (torch.Tensor, Cache)) or name in ("streamer", "input_ids"):
             raise ValueError(
@@ -279,7 +287,7 @@ def _check_call(call: Call, prompts: int) -> None:
     """Raises for what would not be of each prompt alone, or cannot be refilled."""
     settings = call.generation_config
     if call.union is not None:
-        raise ValueError("Members with different tokenizers are not supported here: use `generate()`.")
+        raise ValueError(OTHER_TOKENIZERS)
     if call.model.config.is_encoder_decoder:
         raise ValueError("Encoder-decoder models are not supported here: use `generate()`, batch by batch.")
     if call.config.trace or call.returns("scores") or call.returns("logits"):

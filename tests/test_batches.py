@@ -67,6 +67,37 @@ FACTORS = {
 }
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_short_prompt_may_have_a_long_text_behind_a_members_own_prompt(cache):
+    """`max_length` counts the prompt: slots must do for the longest prompt and for the longest text, of another one."""
+    models, inputs = members("llama", 2), [*prompts(2), [7] * 30]
+    models[1] = se.with_prompt(models[1], torch.tensor([[9] * 40]))
+    config = se.EnsembleConfig(weights=WEIGHTS[2], num_assistant_tokens=2)
+    settings = dict(max_length=32, max_new_tokens=None, eos_token_id=None)
+    expected = alone(models, inputs, config, **settings)
+    assert batched(models, inputs, config, 3, cache_implementation=cache, **settings) == expected
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_light_member_may_lag_far_behind_in_one_row(cache):
+    """While another row is near its end: static caches have few slots to spare."""
+    models, inputs = members("llama", 2, 0.0), [[7, 8, 9], [9, 8, 7]]
+    config = se.EnsembleConfig(weights=[0.985, 0.015], num_assistant_tokens=[1, 1, 16])
+
+    def allowed(row, ids):  # the second row repeats itself, and is drafted
+        return [10 + len(ids) % 5] if row == 1 else list(range(7, 50))
+
+    settings = dict(max_new_tokens=120, eos_token_id=None, do_sample=True, prefix_allowed_tokens_fn=allowed)
+    texts = []
+    for kind in (None, cache):
+        torch.manual_seed(399)  # the light member owns a token of the first row late, and one of the second later still
+        ids, mask = refill.padded(inputs)
+        given = dict(assistant_model=models[1], ensemble_config=config, drafter=se.Suffixes(), pad_token_id=0)
+        out = models[0].generate(ids, attention_mask=mask, cache_implementation=kind, **given, **settings)
+        texts.append(out.tolist())
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(tuple(FACTORS), pairwise(FACTORS))
 def test_a_text_does_not_depend_on_the_batch(family, n, batch_size, rule, lengths, drafter, cache):
     models, inputs = members(family, n), prompts()

@@ -209,3 +209,19 @@ def test_recurrent_members_read_on(family, settings, batch, draw):
     """Proposals are rejected and accepted; states go back, several times to the same place."""
     models = [*recurrent(family), tiny("llama")]
     assert_same(models, prompts(batch), settings, max_new_tokens=24, **draw)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_next"])
+@pytest.mark.parametrize("draw", [dict(do_sample=False), dict(do_sample=True)])
+def test_scores_of_recurrent_members_count_every_member_once(family, draw):
+    """They go back farther than they must, and read final tokens again."""
+    models = recurrent(family)
+    call = dict(draw, max_new_tokens=20, eos_token_id=None, output_scores=True, return_dict_in_generate=True)
+    outs = []
+    for speculative in (True, False):
+        torch.manual_seed(3)
+        config = EnsembleConfig(weights=[0.8, 0.2], num_assistant_tokens=3, speculative=speculative)
+        outs.append(models[0].generate(**prompts(1), assistant_model=models[1], ensemble_config=config, **call))
+    assert outs[0].sequences.tolist() == outs[1].sequences.tolist()
+    for one, two in zip(outs[0].scores, outs[1].scores):
+        torch.testing.assert_close(one.exp(), two.exp(), rtol=1e-4, atol=1e-5)

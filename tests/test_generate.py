@@ -19,7 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
     pipeline,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
+from transformers.generation.stopping_criteria import ConfidenceCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hf_spec_ensemble as se
@@ -480,3 +481,31 @@ def test_right_padding_warns_as_in_transformers(pair, caplog):
     with caplog.at_level(logging.WARNING):
         pair[0].generate(**inputs, assistant_model=pair[1], ensemble_config=ensemble(), **GREEDY)
     assert any("right-padding was detected" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("eos", [None, 3])
+@pytest.mark.parametrize("speculative", BOTH)
+def test_a_criterion_of_the_callers_ends_texts(pair, speculative, eos):
+    """In place of that of the config, as `generate()` has it."""
+    call = dict(assistant_model=pair[1], max_new_tokens=12, do_sample=False, pad_token_id=PAD)
+    free = pair[0].generate(**prompts(1), **call, ensemble_config=WEIGHTS, eos_token_id=None)[0, 7:].tolist()
+    end = next(token for token in free[3:] if token != eos)
+    config = ensemble(speculative)
+    wanted = free[: free.index(end) + 1]
+    call |= dict(stopping_criteria=[EosTokenCriteria(end)], eos_token_id=eos, ensemble_config=config)
+    assert pair[0].generate(**prompts(1), **call)[0, 7:].tolist() == wanted
+    results = se.generate_batch(pair[0], prompts(1)["input_ids"].tolist(), progress_bar=False, **call)
+    assert results["req_0"].generated_tokens == wanted
+
+
+@pytest.mark.parametrize("speculative", BOTH)
+def test_criteria_of_transformers_may_look_at_scores(pair, speculative):
+    call = dict(GREEDY, output_scores=True, return_dict_in_generate=True, eos_token_id=None)
+    texts = [
+        pair[0].generate(
+            **prompts(1), **call, assistant_model=pair[1], ensemble_config=ensemble(each),
+            stopping_criteria=[ConfidenceCriteria(0.02)],
+        ).sequences.tolist()
+        for each in (speculative, False)
+    ]  # fmt: skip
+    assert texts[0] == texts[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import EnsembleConfig
 from ..members.costs import PassCosts
+from ..schedule.auto import WIDEST
 from ..schedule.limit import limit
 from ..schedule.roles import Roles
 from ..schedule.simulation import AllSettle, EnoughSettle, OwnerSettles
@@ -14,9 +15,6 @@ from .curves import curve_key
 from .plan import Condition
 from .records import Record, Records
 from .variants import BATCHED, Variant, is_speculative, parse
-
-
-WIDEST = 64  # tokens in a pass; what more would cost is not told apart
 
 
 def limit_of(records: Records, condition: Condition, variant: str, runs: Sequence[Record]) -> float | None:

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import AssistedCandidateGenerator, CandidateGenerator, EosTokenCriteria
+from transformers.generation import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from ..compat import encoded, given_cache, without_cache
@@ -21,6 +28,9 @@ from ..members.runner import Running
 from .drawing import Greedy, drawing_rule
 from .names import names_of
 from .text import Text
+
+
+OF_TOKENS = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria, StopStringCriteria)  # which look at no scores
 
 
 @dataclass
@@ -68,7 +78,8 @@ class Call:
     def names(self) -> list[str]:
         """Of `models`, and of a drafter that is none; each different."""
         drafting = self.drafter is not None and not is_model(self.drafter)
-        return names_of([*self.models, *([self.drafter] if drafting else [])], self.prompts)
+        own = self.prompts if self.union is None else ()  # there every assistant has one
+        return names_of([*self.models, *([self.drafter] if drafting else [])], own)
 
     @property
     def cache(self):
@@ -93,8 +104,8 @@ class Call:
     @property
     def stop_tokens(self) -> list[int]:
         """Those that end a text."""
-        has_eos = any(isinstance(criterion, EosTokenCriteria) for criterion in self.stopping_criteria)
-        return self.generation_config._eos_token_tensor.tolist() if has_eos else []
+        each = (one.eos_token_id.tolist() for one in self.stopping_criteria if isinstance(one, EosTokenCriteria))
+        return list(dict.fromkeys(token for tokens in each for token in tokens))
 
     @property
     def pad_token_id(self) -> int:
@@ -104,9 +115,8 @@ class Call:
 
     @property
     def shows_scores(self) -> bool:
-        """Whether scores are seen while the text is made: by stopping criteria that are not transformers' own."""
-        own = (type(criterion).__module__.startswith("transformers.") for criterion in self.stopping_criteria)
-        return self.returns("scores") and not all(own)
+        """Whether scores are seen while the text is made: by stopping criteria that may look at them."""
+        return self.returns("scores") and not all(type(criterion) in OF_TOKENS for criterion in self.stopping_criteria)
 
     def returns(self, name: str) -> bool:
         """Whether the output has `scores`, `logits` or, by `dict`, any names at all."""

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import CandidateGenerator
 
 from ..config import EnsembleConfig
-from ..ensemble.spelling import spelling_of
+from ..ensemble.spelling import special_ids, spelling_of
 from ..ensemble.union import Union, Vocabulary, union_of
 from ..members.prompts import Prompt
 from ..notices import warn_once
@@ -93,9 +93,10 @@ def union_for(
     drafting = {i for i, weight in enumerate(config.weights or ()) if i and weight == 0}
     drafting |= set(range(len(tokenizers), len(models)))
     every = [*tokenizers, *[tokenizers[0]] * (len(models) - len(tokenizers))]
+    sizes = [_size(model) for model in models]
     vocabularies = [
-        Vocabulary(spelling_of(tokenizer), _size(model), _ends(tokenizer, generation_config if i == 0 else model))
-        for i, (model, tokenizer) in enumerate(zip(models, every))
+        Vocabulary(spelling_of(tokenizer, size), size, _ends(tokenizer, generation_config if i == 0 else model))
+        for i, (model, tokenizer, size) in enumerate(zip(models, every, sizes))
     ]
     return union_of(tuple(vocabularies), only_common=not config.is_mixture, drafting=frozenset(drafting))
 
@@ -168,7 +169,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict])
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
     visible = torch.ones_like(ids).bool() if mask is None else mask.bool()
-    special, texts = set(tokenizer.all_special_ids), []
+    special, texts = special_ids(tokenizer), []
     for row, seen in zip(ids.cpu(), visible.cpu()):
         tokens = row[seen].tolist()
         if special.intersection(tokens[1:]):
@@ -188,9 +189,9 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
             "puts no token before a text: give it one with `with_prompt`."
         )
     longest = max(map(len, rows))
-    pad = tokenizer.pad_token_id or 0
-    return Prompt(
-        torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
+    return Prompt.of(
+        model,
+        torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
         torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
     )
 

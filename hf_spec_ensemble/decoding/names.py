@@ -27,8 +27,12 @@ def names_of(authors: list, prompts: Sequence[Any] = ()) -> list[str]:
 def _name(author: Any) -> str:
     path = getattr(getattr(author, "config", None), "_name_or_path", None)
     if not isinstance(author, AdapterView):
-        return PurePath(path).name if path else kept_name(author)
-    return f"{PurePath(path).name if path else type(author.base).__name__}:{author.adapter}"
+        return _last(path) if path else kept_name(author)
+    return f"{_last(path) if path else type(author.base).__name__}:{author.adapter}"
+
+
+def _last(path: str) -> str:
+    return PurePath(path).name or path
 
 
 def titles_of(models: list[PreTrainedModel], members: Sequence[int]) -> list[str]:

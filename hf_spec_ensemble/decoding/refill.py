@@ -40,7 +40,7 @@ class Group(Call):
 
     Args:
         requests (`list[Request]`, B): The rows'.
-        longest (`tuple[int, int]`): Tokens of the longest prompt and of the longest text, of all requests.
+        longest (`tuple[int, int]`): Tokens of the longest prompt, and of the longest text behind one, of all requests.
         like (`Cache`, *optional*): The kind of cache that is wanted. Each member makes its own.
         rule (`Greedy`, *optional*): By which all groups draw.
     """
@@ -52,6 +52,10 @@ class Group(Call):
 
     @property
     def max_length(self):
+        return sum(self.longest)  # prompts are padded to one length
+
+    @property
+    def max_new_tokens(self):
         return self.longest[1]
 
     @property
@@ -102,8 +106,7 @@ class Queue:
         self.call, self.batch_size = call, batch_size
         self.waiting = deque(requests)
         self.stats = EnsembleStats(authors=call.names)
-        self._longest_prompt = max(len(request.prompt) for request in requests)
-        self._longest_text = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        self._longest = tuple(map(max, zip(*((len(one.prompt), one.max_new_tokens) for one in requests))))
         self._rule: Greedy | None = None
 
     def group(self) -> Group:
@@ -116,8 +119,7 @@ class Queue:
             "model_kwargs": {"attention_mask": mask},
             "prompts": [own and of_rows(own, places) for own in self.call.prompts],
         }
-        longest = self._longest_prompt, self._longest_text
-        return Group(**common, requests=requests, longest=longest, like=self.call.cache, rule=self._rule)
+        return Group(**common, requests=requests, longest=self._longest, like=self.call.cache, rule=self._rule)
 
     def drawn_by(self, rule: Greedy) -> None:
         """Notes the rule, with which the next group goes on."""

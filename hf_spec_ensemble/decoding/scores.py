@@ -49,8 +49,8 @@ class MemberScores:
     """
     What one member has scored of pending positions, the j-th of row b belonging to position `text.final[b] + j`.
 
-    State: its evidence there, the greatest of what that was made of (`peaks`), and raw logits if they are to be kept;
-    written by the author whose passes score for this member.
+    State: its evidence there, the greatest of what that was made of (`peaks`), and raw logits if they are to be kept,
+    written by the author whose passes score for this member; up to where final positions were passed on.
 
     Args:
         number (`int`): The member's, among the N; a later one for a model that drafts.
@@ -63,6 +63,7 @@ class MemberScores:
         self.number, self.context, self._member = number, context, member
         self.evidence, self.peaks = Ragged(context.text.batch), Ragged(context.text.batch)
         self.logits = Ragged(context.text.batch) if keeps_logits else None
+        self._passed_on = [0] * context.text.batch
 
     @property
     def seen(self) -> np.ndarray:
@@ -119,4 +120,7 @@ class MemberScores:
                 held.keep_rows(rows)
 
     def _pass_on(self, row: int, position: int, probs: torch.Tensor, logits: torch.Tensor | None) -> None:
+        if position < self._passed_on[row]:  # a recurrent member goes back farther than it must, and reads again
+            return
+        self._passed_on[row] = position + 1
         self.context.final_scores.add(self.number, row, position, probs, None if self.logits is None else logits)

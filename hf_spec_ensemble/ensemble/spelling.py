@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 ROLES = ("eos", "pad", "bos")  # of special tokens; a token with several has the first
 
-_kept: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> how many tokens it had, and its spelling
+_kept: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> how many tokens it had and were asked for -> spelling
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Spelling:
     def _written(self, string: bytes) -> tuple[int, ...]:
         text = _text(string)
         if text is not None:  # as the tokenizer does it, unless it puts a space before it, or changes it
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            ids = self._plain.encode(text, add_special_tokens=False).ids
             if self.spells(ids, string):
                 return tuple(ids)
         spelled = self._spell(string)
@@ -68,9 +68,22 @@ class Spelling:
                 return tuple(ids)
         return self._longest_first(string)
 
+    @property
+    def _plain(self) -> Any:
+        """The backend, as long as no call of the tokenizer has left padding or truncation on it."""
+        is_plain = self._backend.truncation is None and self._backend.padding is None
+        return self._backend if is_plain else self._copy
+
+    @cached_property
+    def _copy(self) -> Any:
+        backend = type(self._backend).from_str(self._backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
     def spells(self, ids: list[int], string: bytes) -> bool:
         """Whether these tokens are text, and this one."""
-        parts = [self.strings[i] for i in ids]
+        parts = [self.strings[i] if i < len(self.strings) else None for i in ids]
         return None not in parts and b"".join(parts) == string
 
     def _longest_first(self, string: bytes) -> tuple[int, ...]:
@@ -87,9 +100,19 @@ class Spelling:
         return tuple(ids)
 
 
-def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that are no text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    added = {} if backend is None else backend.get_added_tokens_decoder()
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def spelling_of(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> Spelling:
     """
     The spelling of a tokenizer, made once for each.
+
+    Args:
+        size (`int`, *optional*): V: only tokens below this, as many as a model knows. By default all.
 
     Raises:
         `ValueError`: for one that is not of the `tokenizers` library, or that spells bytes in a way not known here.
@@ -106,13 +129,13 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     >>> len(spelling.write(b"\\xc3")), len(spelling.write(" a".encode()))
     (1, 1)
     """
-    held = _kept.get(tokenizer)
-    if held is None or held[0] != len(tokenizer):
-        _kept[tokenizer] = held = len(tokenizer), _spelling_of(tokenizer)
-    return held[1]
+    held, key = _kept.setdefault(tokenizer, {}), (len(tokenizer), size)
+    if key not in held:
+        held[key] = _spelling_of(tokenizer, size)
+    return held[key]
 
 
-def _spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
+def _spelling_of(tokenizer: PreTrainedTokenizerBase, size: int | None) -> Spelling:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
@@ -124,15 +147,15 @@ def _spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     tokens: list[str | None] = [None] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
         tokens[i] = token
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, added in backend.get_added_tokens_decoder().items() if added.special}
+    tokens, special = tokens[:size], special_ids(tokenizer)
     strings = [None if token is None or i in special else string_of(token) for i, token in enumerate(tokens)]
     by_string: dict[bytes, int] = {}
     for i, string in enumerate(strings):
         if string and (string not in by_string or BYTE.fullmatch(tokens[by_string[string]])):
             by_string[string] = i
     roles = {role: getattr(tokenizer, f"{role}_token_id") for role in (*ROLES, "unk")}
-    return Spelling(tokens, strings, {r: i for r, i in roles.items() if i is not None}, by_string, backend, spell)
+    roles = {role: i for role, i in roles.items() if i is not None and i < len(tokens)}
+    return Spelling(tokens, strings, roles, by_string, backend, spell)
 
 
 def _ways(backend: Any, name: str) -> tuple[Callable[[str], bytes], Callable[[bytes], str | None]]:

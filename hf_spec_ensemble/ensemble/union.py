@@ -27,8 +27,8 @@ class Vocabulary:
     A member's tokens as a union needs them.
 
     Args:
-        spelling (`Spelling`): Of its tokenizer.
-        size (`int`): V, the width of the model's logits; tokens beyond are never given.
+        spelling (`Spelling`): Of its tokenizer, without tokens that the model does not know.
+        size (`int`): V, the width of the model's logits.
         ends (`tuple[int, ...]`): Tokens that end a text; the first one stands for all in a union.
     """
 
@@ -231,13 +231,13 @@ def union_of(
     main, members = vocabularies[0], [i for i in range(len(vocabularies)) if i not in drafting]
     number: dict[Key, int] = {}
     for i in (*main.spelling.by_string.values(), *range(main.size)):  # of equal strings, the one that is written
-        for key in main.keys(i, main=True) if i < main.size else ():
+        for key in main.keys(i, main=True):
             number.setdefault(key, i)
     width, texts = main.size, _texts(main)
     if not only_common:
         for other in (vocabularies[i] for i in members[1:]):
             for string, i in other.spelling.by_string.items():
-                if i < other.size and i not in other.ends and string not in number:
+                if i not in other.ends and string not in number:
                     number[string] = width
                     texts.append(string)
                     width += 1
@@ -253,8 +253,8 @@ def union_of(
 
 def _texts(main: Vocabulary) -> list[bytes]:
     """What each of the main model's ids reads."""
-    tokens, strings = main.spelling.tokens[: main.size], main.spelling.strings[: main.size]
-    texts = [(token or "").encode() if string is None else string for token, string in zip(tokens, strings)]
+    pairs = zip(main.spelling.tokens, main.spelling.strings)
+    texts = [(token or "").encode() if string is None else string for token, string in pairs]
     return texts + [b""] * (main.size - len(texts))
 
 

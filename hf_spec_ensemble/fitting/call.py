@@ -13,6 +13,7 @@ from ..decoding.families import tokenizer_list, union_for
 from ..decoding.names import names_of
 from ..decoding.validate import check_members, shared_vocabulary
 from ..ensemble.union import Union
+from ..members.prompts import PromptView
 from .linear import Objective, contrast_weight, greatest_plausibility, product_weights, score
 from .mixture import mixture_log_probs, mixture_weights
 from .passes import OwnTokens, Reading
@@ -22,6 +23,7 @@ from .texts import Text, split, texts_of
 
 DIGITS = 4  # of weights: texts do not say more
 FIT = "fit"
+ROWS = "uniform", "fitted", "contrast"  # how those of a report begin that are no members'
 
 
 def fit(
@@ -158,6 +160,8 @@ def _check(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an int >= 1, but is {batch_size!r}.")
     config = check_members(members, EnsembleConfig(method=method), None, tokenizers)
+    if any(isinstance(member, PromptView) for member in members):
+        raise ValueError("`fit` reads the same texts with all members: give models, without `with_prompt`.")
     if members[0].config.is_encoder_decoder:
         raise ValueError("`fit` reads texts with decoder-only models, but the members are encoder-decoders.")
     limit = min((limit for limit in map(_positions, members) if limit), default=None)
@@ -207,6 +211,7 @@ def _check_tokens(texts: list[Text], shared: int) -> None:
 
 @torch.no_grad()
 def _fit(reading: Reading, method: str, plausibility: float | str, names: list[str], seed: int) -> FitResult:
+    names = [f"{name} (member)" if name.split()[0] in ROWS else name for name in names]
     fitted, out = reading.texts(held_out=False), reading.texts(held_out=True)
     more = {}
     n, interrupted = len(names), reading.interrupted
@@ -214,7 +219,7 @@ def _fit(reading: Reading, method: str, plausibility: float | str, names: list[s
     nats = dict(zip(names, _by_text(reading.log_probs(held_out=True, alone=True), out)))
     if method == "weighted":
         log_probs = reading.log_probs(held_out=False)
-        config = EnsembleConfig(weights=_rounded(mixture_weights(log_probs)))
+        config = EnsembleConfig(weights=_rounded(mixture_weights(log_probs), log_probs))
         more = {"log_probs": log_probs}
         on = reading.log_probs(held_out=True)
         for name, weights in (("uniform", uniform), ("fitted", torch.tensor(config.weights, dtype=torch.float64))):
@@ -262,8 +267,13 @@ def _by_text(log_probs: torch.Tensor, texts: list[Text]) -> torch.Tensor:
     return torch.stack([-part.sum(-1) for part in log_probs.split([text.count for text in texts], -1)], -1)
 
 
-def _rounded(weights: torch.Tensor) -> list[float]:
-    """To four digits, with a sum of one still."""
+def _rounded(weights: torch.Tensor, log_probs: torch.Tensor) -> list[float]:
+    """To four digits, with a sum of one still; not to zero where tokens `[N, T]` are impossible without the member."""
     rounded = [round(weight, DIGITS) for weight in weights.tolist()]
+    possible = log_probs > -torch.inf
+    for i, weight in enumerate(rounded):
+        others = torch.tensor(rounded) > 0
+        if weight == 0 and (possible[i] & ~possible[others].any(0)).any():
+            rounded[i] = 10**-DIGITS
     rounded[rounded.index(max(rounded))] += 1 - sum(rounded)
     return [round(weight, DIGITS) for weight in rounded]

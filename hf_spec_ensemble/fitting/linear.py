@@ -9,6 +9,7 @@ from ..ensemble.combine import exclude_implausible
 
 
 CHUNK = 64  # positions whose `[N, V]` logits are combined at a time
+GONE = torch.finfo(torch.float16).min  # log-probabilities so low are those of tokens that a member removes
 FLAT = 1e-5  # slope, in nats per token and unit of weight, at which a search ends
 MOST_CONTRAST = 8.0
 
@@ -44,7 +45,11 @@ def score(block: Block, weights: torch.Tensor, plausibility: float = 0.0) -> Sco
     for at in range(0, len(block.tokens), CHUNK):
         logits, tokens = block.log_probs[:, at : at + CHUNK], block.tokens[at : at + CHUNK, None]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = torch.einsum("n,ntv->tv", weights.to(logits), logits)
+        gone = logits <= GONE
+        if gone.any():  # as `ensemble.combine.weighted_sum` has it
+            lowest = logits.masked_fill(gone, torch.inf).amin(-1, keepdim=True)
+            logits = torch.where(gone & (weights < 0).to(gone.device)[:, None, None], lowest, logits)
+        total = torch.einsum("n,ntv->tv", weights.to(logits), logits).masked_fill(gone.all(0), -torch.inf)
         ours = exclude_implausible(total, logits[0], plausibility).log_softmax(-1)
         log_probs = ours.gather(1, tokens)[:, 0]
         mean = torch.einsum("tv,ntv->tn", ours.exp(), logits)
@@ -162,5 +167,7 @@ def greatest_plausibility(blocks: Iterable[Block]) -> float:
     for block in blocks:
         for at in range(0, len(block.tokens), CHUNK):
             expert, tokens = block.log_probs[0, at : at + CHUNK], block.tokens[at : at + CHUNK, None]
-            least = min(least, float((expert.gather(1, tokens)[:, 0] - expert.amax(-1)).double().min()))
+            there, best = expert.gather(1, tokens)[:, 0].double(), expert.amax(-1).double()
+            rounded = torch.finfo(expert.dtype).eps * (there + best)  # blocks may be kept in half precision
+            least = min(least, float((there - best + rounded).min()))
     return float(torch.tensor(least, dtype=torch.float64).exp()) * 0.999  # a rounding must not cut it

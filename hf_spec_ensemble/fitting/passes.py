@@ -12,7 +12,7 @@ from ..ensemble.union import Union
 from ..members.adapters import lock_of
 from ..members.placement import device_of
 from ..notices import warn_once
-from .linear import CHUNK, Block
+from .linear import CHUNK, GONE, Block
 from .texts import Text
 
 
@@ -225,7 +225,7 @@ def _by_pieces(log_probs: torch.Tensor, scored: Scored) -> torch.Tensor:
 
 def _finite(log_probs: torch.Tensor) -> torch.Tensor:
     """What a mean of logits can hold: -inf times a probability of zero is nan."""
-    return log_probs.clamp(min=torch.finfo(torch.float16).min)
+    return log_probs.clamp(min=GONE)
 
 
 def _batches(texts: list[Text], size: int, held_out: bool) -> list[Batch]:

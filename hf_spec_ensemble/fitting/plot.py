@@ -66,6 +66,7 @@ def _triangle(log_probs: torch.Tensor, fitted: Sequence[float], names: Sequence[
     weights = torch.tensor(grid, dtype=torch.float64) / STEPS
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
     nats = _nats(log_probs, weights)
+    nats = nats.clamp(max=nats[nats.isfinite()].max())  # a member may find some token impossible
     # Corners are far worse than the rest: levels by rank, closest around the best
     levels = torch.quantile(nats, torch.linspace(0, 1, 16, dtype=torch.float64) ** 1.5).unique()
     if len(levels) > 2:

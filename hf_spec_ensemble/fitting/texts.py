@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..decoding.families import prompt_ids, text_ids
+from ..ensemble.spelling import special_ids
 
 
 FORMS = (
@@ -146,7 +147,7 @@ def _chat(turns: list[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, wh
     prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
     whole = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
     text = _text(prompt, whole, answer)
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     ends = [place for place in range(text.first, len(whole)) if whole[place] in special]
     return replace(text, ids=text.ids[: ends[-1] + 1]) if ends else text
 

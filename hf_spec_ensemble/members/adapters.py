@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..compat import ENCODE
 
 
-# By the module whose adapters are switched; those that no view was ever made of have none.
+# By the module whose adapters may be switched
 _locks: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 _making_locks = threading.Lock()
 
@@ -26,8 +26,8 @@ def with_adapter(model: PreTrainedModel, adapter: str | None) -> "AdapterView":
     The adapter is active during this member's forward passes only. Afterwards the former adapters are active again. No
     parameter's `requires_grad` changes. The main model of the call goes on with the adapters that are active when
     `generate()` is called. Members that share a base take turns, in other threads too: a lock is held for every forward
-    pass of an ensemble's member that shares its base with a view, and by the standard ensemble for its whole call if
-    the main model does. A forward pass of the base that another thread makes by itself is not protected.
+    pass of an ensemble's member that has adapters, and by the standard ensemble for its whole call if the main model
+    has some. A forward pass of the base that another thread makes by itself is not protected.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -81,8 +81,6 @@ class AdapterView:
         self.base = base
         self.adapter = adapter
         self.refresh()
-        with _making_locks:
-            _locks.setdefault(base, threading.RLock())
 
     def __getattr__(self, name: str) -> Any:
         if name == "base":  # while being copied or unpickled
@@ -225,9 +223,12 @@ def identity(model: PreTrainedModel) -> tuple[object, Hashable]:
 
 
 def lock_of(model: PreTrainedModel) -> AbstractContextManager:
-    """Held while a model runs, so that no view switches its adapters then; `None` if there is no view of it."""
-    lock = _locks.get(base_of(model)) if _locks else None
-    return nullcontext() if lock is None else lock
+    """Held while a model with adapters runs, so that no view, made before or later, switches these then."""
+    base = base_of(model)
+    if not getattr(base, "peft_config", None):
+        return nullcontext()
+    with _making_locks:
+        return _locks.setdefault(base, threading.RLock())
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from .cache import (
     tokens_held,
 )
 from .member import Member
-from .runner import Runner
+from .runner import WIDTHS, Runner
 from .snapshots import Snapshots, needs_snapshots
 
 
@@ -106,9 +106,15 @@ class CachedMember(Member):
         return self._slots == SEEN
 
     def score(self, new, end, width=0, skip=0):
-        if self._snapshots is None:
+        if self._snapshots is not None:
+            return self._read_apart(new, end)[:, skip:]
+        if self.runner.slots is None or self.seen[0] < 0 or int((end - self.seen).max()) <= WIDTHS[-1]:
             return self._read(new, end, width, skip)
-        return self._read_apart(new, end)[:, skip:]
+        # One row lags far while another may be near its end: there are slots for no more than these at once
+        parts = []
+        while (self.seen < end).any():
+            parts.append(self._read(new, np.minimum(end, self.seen + WIDTHS[-1])))
+        return torch.cat(parts, dim=1)[:, skip:]
 
     def _read_apart(self, new: torch.Tensor, end: np.ndarray) -> torch.Tensor:
         """A recurrent model's passes; see `score`."""

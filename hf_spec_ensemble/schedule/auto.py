@@ -118,6 +118,7 @@ class Auto(Schedule):
         self._start = Turns(tuple(ones), first, members, at_once, watches)
         self._longest = 1  # turn of this call; in a batch, whose rows hardly all lose one, it is not counted
         self._standard = Turns((0,) * len(ones), first, members, at_once)
+        memory.pace.begins()
 
     @property
     def patient(self) -> bool:
@@ -159,8 +160,8 @@ class Auto(Schedule):
         return turns.hand_over(situation)
 
     def _length_at_once(self, situation: Situation, confidence: Sequence[float | None]) -> int:
-        if self.memory.plan is None:
-            return 0
+        if self.memory.plan is None:  # it is watched meanwhile, if that is free
+            return 0 if self.turns.watches else self.turns.lengths[situation.current]
         chances = {
             row: self.memory.acceptance[situation.current].chance(own)
             for row, own in enumerate(confidence)
@@ -175,6 +176,8 @@ class Auto(Schedule):
 
     def width(self, author, width) -> int:
         costs, memory = self.costs[author], self.memory
+        if self._takes_measure():
+            return width
         probed = costs.to_probe(self.batch, width)
         if probed is None or self._pauses or self.patient:
             return costs.padded(self.batch, width)
@@ -228,7 +231,8 @@ class Auto(Schedule):
     def _knows_enough(self) -> bool:
         """Whether a plan can be made."""
         evidence = sum(acceptance.evidence for acceptance in self.memory.acceptance)
-        known = all(costs.measured(self.batch, 1) is not None for costs in self.costs) and self._knows_width()
+        needed = [costs for i, costs in enumerate(self.costs) if i < self.members or self.may_propose[i]]
+        known = all(costs.measured(self.batch, 1) is not None for costs in needed) and self._knows_width()
         return known and (self.memory.plan is not None or evidence >= ENOUGH_EVIDENCE)
 
     def _knows_width(self) -> bool:

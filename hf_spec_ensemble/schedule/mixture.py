@@ -169,9 +169,11 @@ class AutoMixture(Auto):
     def __init__(self, *arguments, weights: Sequence[float], **more):
         super().__init__(*arguments, **more)
         self.weights = tuple(weights)
-        self._ones = tuple(int(may and i < self.members) for i, may in enumerate(self.may_propose))
-        self._start = MixtureTurns(
-            self._ones, self._start.first, self.members, self._start.at_once, self._start.watches
+        ones = tuple(int(may and i < self.members) for i, may in enumerate(self.may_propose))
+        start = self._start  # in which all drafters have turns, so that what they cost is found out
+        self._start, self._undrafted = (
+            MixtureTurns(lengths, start.first, self.members, start.at_once, start.watches)
+            for lengths in (start.lengths, ones)
         )
 
     def proposes(self, situation, confidence) -> int:
@@ -180,10 +182,10 @@ class AutoMixture(Auto):
             return 0
         if author != self.turns.at_once:
             return 1
-        if plan is None or self._pauses:
+        if self._pauses:
             return 0
-        if self.memory.acceptance[author].evidence < ENOUGH_EVIDENCE:
-            return 0  # it is watched meanwhile
+        if plan is None or self.memory.acceptance[author].evidence < ENOUGH_EVIDENCE:
+            return 0 if self.turns.watches else self.turns.lengths[author]  # it is watched meanwhile
         sure = [self.memory.acceptance[author].chance(own) for own in confidence if own is not None]
         return self._best_length(plan, round(sum(sure) / len(sure), 2))
 
@@ -191,7 +193,7 @@ class AutoMixture(Auto):
         return self._standard.hand_over(situation) if self.patient else self.turns.next(situation)
 
     def width(self, author, width) -> int:
-        return self.costs[author].padded(self.batch, width)
+        return width if self._takes_measure() else self.costs[author].padded(self.batch, width)
 
     def _takes_measure(self) -> bool:
         """In a batch; a single row's members soon read single tokens anyway."""
@@ -204,7 +206,7 @@ class AutoMixture(Auto):
     def _best_plan(self, tables, acceptance) -> MixturePlan:
         known = [costs.measured(self.batch, 1) is not None for costs in self.costs]
         may_draft = [may and is_known for may, is_known in zip(self.may_propose, known)]
-        best, *others = (self._plan_of(turns, acceptance, tables) for turns in with_drafts(self._start, may_draft))
+        best, *others = (self._plan_of(turns, acceptance, tables) for turns in with_drafts(self._undrafted, may_draft))
         for plan in others:
             if plan.prediction.seconds_per_token < (1 - WORTHWHILE) * best.prediction.seconds_per_token:
                 best = plan
@@ -222,7 +224,7 @@ class AutoMixture(Auto):
         def seconds(length: int) -> float:
             acceptance = [chance if i == author else own for i, own in enumerate(plan.acceptance)]
             return self._plan_of(
-                drafting(self._start, author, length), acceptance, plan.costs
+                drafting(self._undrafted, author, length), acceptance, plan.costs
             ).prediction.seconds_per_token
 
         if chance not in plan.known:

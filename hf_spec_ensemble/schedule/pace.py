@@ -44,6 +44,11 @@ class Pace:
         """Whether speculation should pause now."""
         return self._left > 0
 
+    def begins(self) -> None:
+        """A call begins, which does not pay for the last passes of the one before."""
+        with self._lock:
+            self._seconds = 0.0
+
     def ran(self, seconds: float) -> None:
         """A pass has cost so much."""
         with self._lock:

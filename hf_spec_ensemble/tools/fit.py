@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     try:
         _run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         made.exit(2, f"{made.prog}: {error}\n")
     except KeyboardInterrupt:
         made.exit(130, "Interrupted before there was a result.\n")
@@ -33,9 +33,11 @@ def _run(args: argparse.Namespace) -> None:
     args.device = args.device or default_device()
     check_device(args.device)
     if args.plot:
-        extra("matplotlib")
-        if len(args.data_file) > 1 or args.method == "product":
-            raise ValueError("--plot shows one file's mixture or contrast: leave it out.")
+        _check_plot(args)
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out is to be a folder, but {str(args.out)!r} is a file.")
+    if not 0 <= args.memory < float("inf"):
+        raise ValueError(f"--memory must be a number of GiB, 0 or more, but is {args.memory}.")
     names = [file.stem for file in args.data_file]
     if len(set(names)) < len(names):
         raise ValueError(f"Several --data-file have the same name: {names}. Rename one.")
@@ -61,21 +63,34 @@ def _run(args: argparse.Namespace) -> None:
         assistant_tokenizer=loaded.assistant_tokenizers,
     )
     print(result)
-    if args.plot:
-        result.plot(args.plot)
     if args.out:
         folders = {args.out / name: each for name, each in result.items()} if len(rows) > 1 else {args.out: result}
         for folder, each in folders.items():
             print(f"Written: {save_ensemble(folder, references, each.config)}")
+    if args.plot:
+        result.plot(args.plot)
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    extra("matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if len(args.data_file) > 1 or args.method == "product" or len(args.members) > 3:
+        raise ValueError("--plot shows one file's mixture of two or three members, or a contrast: leave it out.")
+    kinds = FigureCanvasBase.filetypes
+    if args.plot.suffix.removeprefix(".") not in kinds:
+        raise ValueError(f"--plot {str(args.plot)!r} must end in one of {sorted(kinds)}, as in fit.png.")
+    if not args.plot.absolute().parent.is_dir():
+        raise ValueError(f"There is no folder {str(args.plot.absolute().parent)!r} for --plot.")
 
 
 def _rows(file: Path, limit: int | None = None) -> list[dict[str, Any]]:
     if not file.is_file():
         raise ValueError(f"There is no file {str(file)!r} to read texts from.")
-    lines = file.read_bytes().splitlines()
+    lines = [(number, line) for number, line in enumerate(file.read_bytes().splitlines(), 1) if line.strip()]
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be >= 1, but is {limit}.")
-    return [parse_object(line, f"Line {number} of {file}") for number, line in enumerate(lines[:limit], 1)]
+    return [parse_object(line, f"Line {number} of {file}") for number, line in lines[:limit]]
 
 
 def _number(text: str) -> float | None:

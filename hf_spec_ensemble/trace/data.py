@@ -52,7 +52,8 @@ class TokenTrace:
         row (`int`): Of the batch.
         position (`int`): In the row's new tokens, from 0.
         token (`int`): Its id.
-        probability (`float`): r of it.
+        probability (`float`): Of it, in what it was drawn from: r, or in a mixture what is known of r by then, the
+            distribution of its owner or the weighted sum over those that settled it.
         draft (`DraftTrace`, *optional*): The proposal that was verified here: this very token, or one that was
             rejected and that this token corrects. `None` if the token was drawn from r without one, because every
             member had scored the position already.

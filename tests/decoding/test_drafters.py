@@ -238,3 +238,17 @@ def test_suffixes_learn_final_tokens_only():
     for row, mask, known in zip(out.tolist(), inputs["attention_mask"].tolist(), learnt):
         visible = row[mask.index(1) :]
         assert known[: len(visible)] == visible
+
+
+@pytest.mark.parametrize("coupling", ["ancestral", "gumbel"])
+@pytest.mark.parametrize("kind", ["model", "generator", "weight zero"])
+def test_a_drafter_of_unknown_cost_is_tried(kind, coupling):
+    """Or it would never be known what it brings."""
+    models, drafter = members("llama", 2, 0.9), {"model": tiny("llama", seed=7), "generator": Insists(2)}.get(kind)
+    weights = [0.5, 0.5]
+    if kind == "weight zero":
+        models, weights = [*models, tiny("llama", seed=7)], [0.5, 0.5, 0.0]
+    config = se.EnsembleConfig(weights=weights, coupling=coupling)
+    call = dict(do_sample=True, max_new_tokens=60, eos_token_id=None, return_dict_in_generate=True, drafter=drafter)
+    out = models[0].generate(**prompts(1), assistant_model=models[1:], ensemble_config=config, **call)
+    assert out.stats.proposed[2] > 0

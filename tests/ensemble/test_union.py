@@ -46,6 +46,31 @@ def test_text_is_written_as_the_tokenizer_writes_it(i):
             assert list(spelling_of(tokenizer).write(text.encode())) == tokenizer.encode(text, add_special_tokens=False)
 
 
+def test_what_a_tokenizer_was_called_with_does_not_matter():
+    """A call leaves its padding and truncation on the tokenizer."""
+    plain, padding, cutting = (tokenizers()[0] for _ in range(3))
+    text = next(
+        text
+        for text in (" question with", "\n\n    return question", " has three boxes")
+        if text.encode() not in spelling_of(plain).by_string
+    )
+    padding(["x"], padding="max_length", max_length=32)
+    cutting(["several words", "x"], truncation=True, max_length=1)
+    written = [spelling_of(one).write(text.encode()) for one in (plain, padding, cutting)]
+    assert written[0] == written[1] == written[2]
+
+
+def test_tokens_that_a_model_does_not_know_are_not_there():
+    tokenizer = tokenizers()[0]
+    whole = spelling_of(tokenizer)
+    size = len(whole.tokens) - 20
+    part = spelling_of(tokenizer, size)
+    texts = [string for string, i in whole.by_string.items() if i >= size]
+    assert len(texts) == 20 and len(part.tokens) == size
+    for text in texts:
+        assert len(part.write(text)) > 1 and max(part.write(text)) < size and part.spells(list(part.write(text)), text)
+
+
 def test_a_space_that_a_tokenizer_puts_before_texts_is_not_written():
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5, "▁a": 6, "c": 7}
     tokenizer = Tokenizer(kinds.BPE(vocabulary, [("▁", "a")], unk_token="<unk>"))

@@ -274,3 +274,17 @@ def test_fitted_weights_decode():
     ids = torch.tensor([[3, 4, 5]])
     out = models[0].generate(ids, assistant_model=models[1], ensemble_config=config, max_new_tokens=5, do_sample=False)
     assert out.shape[1] <= 8
+
+
+def test_members_may_be_called_like_the_rows_of_the_report():
+    models = [tiny(seed=3), tiny(seed=4)]
+    for model, name in zip(models, ("runs/fitted", "runs/uniform")):
+        model.config._name_or_path = name
+    result = fit(models, sampled((0.7, 0.3))[:12])
+    assert [row.name for row in result.rows] == ["fitted (member)", "uniform (member)", "uniform", "fitted"]
+
+
+def test_a_member_has_no_prompt_of_its_own():
+    model = tiny(seed=3)
+    with pytest.raises(ValueError, match="without `with_prompt`"):
+        fit([model, se.with_prompt(model, torch.tensor([[5, 6]]))], sampled((0.7, 0.3))[:12])

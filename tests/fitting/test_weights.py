@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from hf_spec_ensemble import EnsembleConfig
+from hf_spec_ensemble.ensemble.combine import combine
+from hf_spec_ensemble.fitting.call import _rounded
 from hf_spec_ensemble.fitting.linear import (
+    GONE,
     Block,
     Objective,
     contrast_weight,
@@ -144,3 +148,34 @@ def test_an_interrupted_search_gives_the_best_so_far():
     found = product_weights(objective, 2)
     assert objective.interrupted and len(objective.points) == 4
     assert tuple(found.tolist()) == min(objective.points, key=lambda point: point[1])[0]
+
+
+@pytest.mark.parametrize("weights", [(1.0, -0.5), (1.0, -1.5), (0.5, -0.5), (-0.2, 1.0), (0.7, 0.6)])
+@pytest.mark.parametrize("lacking", [(0, 1), (0,), (1,)])
+def test_what_a_member_removes_counts_as_in_decoding(weights, lacking):
+    block = random_block(2, 20)
+    tokens = block.tokens.clamp(max=9)
+    for member in lacking:
+        block.log_probs[member, :, 10:] = -torch.inf
+    log_probs = block.log_probs.log_softmax(-1)
+    fitted = score(Block(log_probs.clamp(min=GONE), tokens), torch.tensor(weights, dtype=torch.float64)).log_probs
+    decoded = combine(log_probs, EnsembleConfig(method="product", weights=list(weights))).log_softmax(-1)
+    torch.testing.assert_close(fitted, decoded.gather(1, tokens[:, None])[:, 0])
+
+
+def test_a_weight_that_a_token_needs_is_not_rounded_to_zero():
+    log_probs = torch.tensor([[-1.0], [-6.0], [-6.0]], dtype=torch.float64).repeat(1, 30_000)
+    log_probs[0, 7] = -torch.inf
+    log_probs[2, 7] = -9.0
+    weights = _rounded(mixture_weights(log_probs), log_probs)
+    assert sum(weights) == pytest.approx(1) and min(weights) == 0.0 and weights[1] == 1e-4
+    assert mixture_log_probs(log_probs, torch.tensor(weights)).mean() > -1.1
+
+
+def test_rounding_to_half_precision_cuts_no_token():
+    for seed in range(20):
+        block = random_block(2, 50, seed=seed)
+        kept = Block((block.log_probs * 3).log_softmax(-1).half(), block.tokens)
+        expert = (block.log_probs[0] * 3).log_softmax(-1)
+        there = expert.gather(1, block.tokens[:, None])[:, 0]
+        assert (there - expert.amax(-1)).min().exp() >= greatest_plausibility([kept])

@@ -397,6 +397,30 @@ def test_forward_passes_of_views_in_threads_do_not_leak(eager_threads):
     assert in_threads([functools.partial(logits, view) for view in views], times=20) == wanted
 
 
+@pytest.mark.parametrize("speculative", BOTH)
+def test_the_first_view_of_a_model_waits_for_its_pass(speculative):
+    """Another thread makes and runs it in the middle of a call, whose members had no view of it."""
+    model, other, main, switched = adapted("wrapped"), tiny("llama", seed=5), threading.get_ident(), []
+    wanted = generate(model, [other], speculative=speculative)
+    model = adapted("wrapped")
+    passes, threads = iter(range(1000)), []
+
+    def begin(*_):
+        if threading.get_ident() == main and next(passes) == 5:
+            threads.append(threading.Thread(target=lambda: se.with_adapter(model, None)(prompts(1)["input_ids"])))
+            threads[0].start()
+            threads[0].join(0.3)
+
+    def end(*_):
+        if threading.get_ident() == main:
+            switched.append(tuner_layers(model)[0].disable_adapters)
+
+    base_of(model).model.layers[0].register_forward_pre_hook(begin)
+    base_of(model).model.layers[-1].register_forward_hook(end)
+    assert generate(model, [other], speculative=speculative).tolist() == wanted.tolist() and not any(switched)
+    threads[0].join(60)
+
+
 def test_the_main_models_adapters_are_not_read_while_a_view_runs():
     """They would be taken for the view's, and a shared pass would have them for the whole text."""
     model = adapted("wrapped")
@@ -436,10 +460,9 @@ def test_eight_threads_do_not_leak(eager_threads):
     assert [state(model), state(other)] == before
 
 
-def test_models_without_views_have_no_lock():
+def test_models_with_adapters_have_a_lock():
+    """Before there is a view too: another thread may make the first one in the middle of a call."""
     model = adapted("native")
-    assert isinstance(lock_of(model), nullcontext)
-    se.with_adapter(model, None)
     assert not isinstance(lock_of(model), nullcontext) and lock_of(model) is lock_of(se.with_adapter(model, "code"))
     assert isinstance(lock_of(tiny("llama")), nullcontext)
 

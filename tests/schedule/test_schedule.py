@@ -367,3 +367,30 @@ def test_wider_passes_are_measured_for_a_small_share_of_the_time_only():
         schedule.ran(i % 2, float(width), width)
         useful, spent = useful + needed, spent + width
     assert 1.0 < spent / useful < 1.03
+
+
+def test_what_single_tokens_cost_is_measured_where_wider_passes_are_cheaper():
+    """Else that would be stale for ever, and a schedule that waits for it would propose nothing any more."""
+    costs = [PassCosts(), PassCosts()]
+    for table in costs:
+        for width in (1, 1, 2, 2, 4, 4, 8, 8):
+            table.add(1, width, 1.0 if width == 1 else 0.9)
+    schedule = Auto(Memory([Acceptance(), Acceptance()]), costs, 1, 2, [True, True], 0)
+    assert schedule.width(0, 1) == 2 and not schedule.patient
+    for _ in range(1000):
+        for table in costs:
+            table.add(1, 2, 0.9)
+    assert schedule.patient and schedule.width(0, 1) == 1
+
+
+def test_a_plan_needs_no_costs_of_authors_that_propose_nothing():
+    memory = Memory([Acceptance() for _ in range(3)], passes=100, seconds=100.0, pass_seconds=100.0)
+    costs = [PassCosts() for _ in range(3)]
+    for table in costs[:2]:
+        for width in (1, 1, 2, 2, 4, 4):
+            table.add(1, width, 1.0)
+    for _ in range(100):
+        memory.acceptance[0].add(0.9, True)
+    schedule = Auto(memory, costs, 1, 2, [True, True, False], 0)
+    schedule.advanced(1, 1)
+    assert memory.plan is not None

@@ -17,7 +17,7 @@ QUESTIONS = [
 @pytest.fixture
 def rows(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in QUESTIONS))
+    file.write_text("\n".join(json.dumps(row) for row in QUESTIONS) + "\n\n")
     return file
 
 
@@ -55,10 +55,18 @@ def test_the_command_fits_several_files(rows, tmp_path, capsys):
         (["--data-file", "ROWS", "--plausibility", "some"], "--plausibility must be"),
         (["--data-file", "ROWS", "--method", "product", "--plot", "x.png"], "--plot shows"),
         (["--data-file", "ROWS", "ROWS"], "the same name"),
+        (["--data-file", "ROWS", "--plot", "x.xyz"], "must end in one of"),
+        (["--data-file", "ROWS", "--plot", "nowhere/x.png"], "There is no folder"),
+        (["--data-file", "ROWS", "--members", *["reader"] * 4, "--plot", "x.png"], "of two or three members"),
+        (["--data-file", "ROWS", "--out", "ROWS"], "--out is to be a folder"),
+        (["--data-file", "ROWS", "--memory", "nan"], "--memory must be"),
+        (["--data-file", "NUMBERS"], "Text 0"),
     ],
 )
-def test_errors_of_the_command_are_one_line(rows, capsys, words, said):
+def test_errors_of_the_command_are_one_line(rows, tmp_path, capsys, words, said):
+    files = {"ROWS": rows, "NUMBERS": tmp_path / "numbers.jsonl"}
+    files["NUMBERS"].write_text(json.dumps({"question": 1, "answer": 2}))
     with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", *MEMBERS, *(str(rows) if word == "ROWS" else word for word in words)])
+        cli.main(["fit", *MEMBERS, *(str(files.get(word, word)) for word in words)])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and said in err and err.strip().count("\n") == 0
