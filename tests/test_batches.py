@@ -12,6 +12,7 @@ from transformers import DynamicCache, StoppingCriteria
 
 import hf_spec_ensemble as se
 from hf_spec_ensemble.decoding import refill
+from hf_spec_ensemble.ensemble.padded import left_padded
 from hf_spec_ensemble.members.cached import CachedMember
 
 
@@ -39,7 +40,7 @@ def alone(models, inputs, config, **kwargs) -> list[list[int]]:
 
 def together(models, inputs, config, **kwargs) -> list[list[int]]:
     """Texts of one call for all."""
-    ids, mask = refill.padded(inputs)
+    ids, mask = left_padded(inputs)
     given = dict(attention_mask=mask, assistant_model=models[1:], ensemble_config=config)
     torch.manual_seed(5)
     rows = models[0].generate(ids, **given, **SETTINGS | kwargs)[:, ids.shape[1] :].tolist()
@@ -70,10 +71,10 @@ FACTORS = {
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_a_short_prompt_may_have_a_long_text_behind_a_members_own_prompt(cache):
     """`max_length` counts the prompt: slots must do for the longest prompt and for the longest text, of another one."""
-    models, inputs = members("llama", 2), [*prompts(2), [7] * 30]
+    models, inputs = members("llama", 2), [*prompts(2), [7] * 60]
     models[1] = se.with_prompt(models[1], torch.tensor([[9] * 40]))
     config = se.EnsembleConfig(weights=WEIGHTS[2], num_assistant_tokens=2)
-    settings = dict(max_length=32, max_new_tokens=None, eos_token_id=None)
+    settings = dict(max_length=64, max_new_tokens=None, eos_token_id=None)
     expected = alone(models, inputs, config, **settings)
     assert batched(models, inputs, config, 3, cache_implementation=cache, **settings) == expected
 
@@ -91,7 +92,7 @@ def test_a_light_member_may_lag_far_behind_in_one_row(cache):
     texts = []
     for kind in (None, cache):
         torch.manual_seed(399)  # the light member owns a token of the first row late, and one of the second later still
-        ids, mask = refill.padded(inputs)
+        ids, mask = left_padded(inputs)
         given = dict(assistant_model=models[1], ensemble_config=config, drafter=se.Suffixes(), pad_token_id=0)
         out = models[0].generate(ids, attention_mask=mask, cache_implementation=kind, **given, **settings)
         texts.append(out.tolist())
@@ -183,7 +184,7 @@ def test_lengths_are_each_prompts_own():
 def test_members_with_prompts_of_their_own():
     model, other = members()
     inputs, config = prompts(6), se.EnsembleConfig(weights=[0.6, 0.4])
-    ids, mask = refill.padded(prompts(6, seed=1))
+    ids, mask = left_padded(prompts(6, seed=1))
     expected = [
         alone([model, se.with_prompt(other, ids[i : i + 1], mask[i : i + 1])], [prompt], config)[0]
         for i, prompt in enumerate(inputs)
@@ -214,7 +215,7 @@ def test_prompts_are_read_in_parts(monkeypatch, family, tokens):
 def test_prompts_that_are_left_of_a_longer_list():
     model, other = members()
     inputs, left = prompts(6), [5, 1, 4]
-    ids, mask = refill.padded(prompts(6, seed=1))
+    ids, mask = left_padded(prompts(6, seed=1))
     config, kwargs = se.EnsembleConfig(), dict(do_sample=True)
     whole = batched([model, se.with_prompt(other, ids, mask)], inputs, config, 2, **kwargs)
     torch.manual_seed(5)

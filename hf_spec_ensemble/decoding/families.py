@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import CandidateGenerator
 
 from ..config import EnsembleConfig
+from ..ensemble.padded import left_padded
 from ..ensemble.spelling import special_ids, spelling_of
 from ..ensemble.union import Union, Vocabulary, union_of
 from ..members.prompts import Prompt
@@ -188,12 +189,7 @@ def _encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
             f"The prompt {texts[rows.index([])]!r} is empty in the tokens of a {type(model).__name__}, whose tokenizer "
             "puts no token before a text: give it one with `with_prompt`."
         )
-    longest = max(map(len, rows))
-    return Prompt.of(
-        model,
-        torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
-        torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-    )
+    return Prompt.of(model, *left_padded(rows))
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, source: GenerationConfig | PreTrainedModel) -> tuple[int, ...]:

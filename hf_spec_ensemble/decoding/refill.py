@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import Cache
 
+from ..ensemble.padded import left_padded
 from ..members.placement import device_of
 from ..members.prefill import Prefill
 from ..members.prompts import Prompt
@@ -64,7 +65,7 @@ class Group(Call):
 
     def text(self):
         starts = np.array([self.longest[0] - len(request.prompt) for request in self.requests])
-        ids, _ = padded([request.prompt for request in self.requests], self.longest[0])
+        ids, _ = left_padded([request.prompt for request in self.requests], self.longest[0])
         return Text(
             ids.to(self.input_ids.device),
             np.array([request.max_new_tokens for request in self.requests]),
@@ -80,14 +81,6 @@ class Group(Call):
         rule = self.rule or super().drawing(config)
         rule.numbers = np.array([request.number for request in self.requests])
         return rule
-
-
-def padded(prompts: Sequence[Sequence[int]], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as ids and mask `[B, P]`, padded on the left by zeros."""
-    length = length or max(map(len, prompts))
-    gaps = [length - len(prompt) for prompt in prompts]
-    ids = [[0] * gap + list(prompt) for gap, prompt in zip(gaps, prompts)]
-    return torch.tensor(ids), torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps])
 
 
 class Queue:
@@ -112,7 +105,7 @@ class Queue:
     def group(self) -> Group:
         """The next requests, as many as there are rows."""
         requests = [self.waiting.popleft() for _ in range(min(self.batch_size, len(self.waiting)))]
-        ids, mask = (x.to(self.call.input_ids.device) for x in padded([request.prompt for request in requests]))
+        ids, mask = (x.to(self.call.input_ids.device) for x in left_padded([request.prompt for request in requests]))
         places = [request.place for request in requests]
         common = vars(self.call) | {
             "input_ids": ids,
@@ -129,7 +122,7 @@ class Queue:
         """Ids and mask `[1, P]` of what the model at this place among `call.models` reads for a request."""
         own = self.call.prompts[place]
         if own is None:
-            return padded([request.prompt])
+            return left_padded([request.prompt])
         return of_rows(own, [request.place]).rows(1, 1, torch.device("cpu"))
 
 

@@ -3,8 +3,29 @@
 Lengths are numpy integers `[B]`: deciding on them waits for no device, and costs little where there are few.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], length: int | None = None, pad: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Rows of tokens as ids and mask `[B, P]`, padded on the left.
+
+    >>> from hf_spec_ensemble.ensemble.padded import left_padded
+
+    >>> left_padded([[3, 4], [5]])
+    (tensor([[3, 4],
+            [0, 5]]), tensor([[1, 1],
+            [0, 1]]))
+    """
+    length = length or max(map(len, rows))
+    gaps = [length - len(row) for row in rows]
+    ids = [[pad] * gap + list(row) for gap, row in zip(gaps, rows)]
+    return torch.tensor(ids), torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps])
 
 
 def columns(first: np.ndarray, width: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 
+PUNCTUATION = ".", "?", "!", ","  # to which decoders of word pieces put no space
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 ROLES = ("eos", "pad", "bos")  # of special tokens; a token with several has the first
 
@@ -91,12 +92,13 @@ class Spelling:
         while start < len(string):
             ends = (end for end in range(len(string), start, -1) if string[start:end] in self.by_string)
             end = next(ends, None)
-            if end is None:
-                if "unk" not in self.roles:
-                    raise ValueError(f"A tokenizer has no tokens for the bytes {string!r}, and none for the unknown.")
-                return (self.roles["unk"],)
-            ids.append(self.by_string[string[start:end]])
-            start = end
+            if end is not None:
+                ids.append(self.by_string[string[start:end]])
+            elif "unk" not in self.roles:
+                raise ValueError(f"A tokenizer has no tokens for the bytes {string!r}, and none for the unknown.")
+            elif ids[-1:] != [self.roles["unk"]]:  # one for what stands together
+                ids.append(self.roles["unk"])
+            start = end or start + 1
         return tuple(ids)
 
 
@@ -210,6 +212,8 @@ def _of_byte_level(token: str) -> bytes:
 
 
 def _of_word_piece(token: str, prefix: str) -> bytes:
+    if token in PUNCTUATION:
+        return token.encode()
     return (token.removeprefix(prefix) if token.startswith(prefix) else f" {token}").encode()
 
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..decoding.families import PADDING_SHARE, prompt_ids
 from ..decoding.vocabulary import UNCOMPARED, check_tokens, differences, tokens_of
+from ..ensemble.padded import left_padded
 from ..notices import warn_once
 from .references import MemberReference
 
@@ -49,12 +50,8 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dic
     Ids and mask `[B, P]` of prompts, padded on the left. Messages go through the chat template; without one their texts
     are read, with blank lines between.
     """
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    longest, pad = max(map(len, rows)), tokenizer.pad_token_id or 0
-    return {
-        "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-    }
+    ids, mask = left_padded([prompt_ids(tokenizer, prompt) for prompt in prompts], pad=tokenizer.pad_token_id or 0)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _load(member: MemberReference, access: dict[str, Any], needed: bool) -> PreTrainedTokenizerBase | None:

@@ -149,7 +149,9 @@ class AdapterView:
         It does not use `set_adapter` or `disable_adapter`: these also walk through all modules, set `requires_grad` of
         all adapters and write to the PEFT model, at twenty times the cost, for every forward pass.
         """
-        if list(self.base.peft_config.items()) != self._configs:
+        now = list(self.base.peft_config.items())
+        # As objects: other layers may have configs that are equal
+        if len(now) != len(self._configs) or any(a != b or x is not y for (a, x), (b, y) in zip(now, self._configs)):
             self.refresh()
         self._refuse_merged()
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from ..notices import STANDARD, warn_once
+from .adapters import lock_of
 from .costs import remembered
 from .member import Member
 from .placement import device_of
@@ -400,7 +401,8 @@ def _with_narrow_windows(model: PreTrainedModel) -> PreTrainedModel:
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        narrow = copy.deepcopy(model, shared)
+        with lock_of(model):  # or what passes in other threads have set is copied too
+            narrow = copy.deepcopy(model, shared)
     except Exception:  # what a model's own code raises
         return model
     for thing in (*_configs_in(narrow.config), *narrow.modules()):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixed import TEXTS, strings, tokenizers
-from tokenizers import Tokenizer, decoders
+from mixed import CORPUS, TEXTS, strings, tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
@@ -48,16 +48,20 @@ def test_text_is_written_as_the_tokenizer_writes_it(i):
 
 def test_what_a_tokenizer_was_called_with_does_not_matter():
     """A call leaves its padding and truncation on the tokenizer."""
-    plain, padding, cutting = (tokenizers()[0] for _ in range(3))
-    text = next(
-        text
-        for text in (" question with", "\n\n    return question", " has three boxes")
-        if text.encode() not in spelling_of(plain).by_string
-    )
-    padding(["x"], padding="max_length", max_length=32)
-    cutting(["several words", "x"], truncation=True, max_length=1)
-    written = [spelling_of(one).write(text.encode()) for one in (plain, padding, cutting)]
-    assert written[0] == written[1] == written[2]
+    made = []
+    for call in (None, dict(padding="max_length", max_length=32), dict(truncation=True, max_length=1)):
+        tokenizer = Tokenizer(kinds.BPE())
+        split = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(list(split)), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(CORPUS, trainer)
+        made.append(PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!"))
+        if call:
+            made[-1](["several words", "x"], **call)
+    text = "\n\n    return question"
+    written = [spelling_of(one).write(text.encode()) for one in made]
+    assert written[0] == written[1] == written[2] == tuple(made[0].encode(text))
 
 
 def test_tokens_that_a_model_does_not_know_are_not_there():
@@ -74,7 +78,6 @@ def test_tokens_that_a_model_does_not_know_are_not_there():
 def test_a_space_that_a_tokenizer_puts_before_texts_is_not_written():
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5, "▁a": 6, "c": 7}
     tokenizer = Tokenizer(kinds.BPE(vocabulary, [("▁", "a")], unk_token="<unk>"))
-    from tokenizers import pre_tokenizers
 
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -86,14 +89,15 @@ def test_a_space_that_a_tokenizer_puts_before_texts_is_not_written():
 
 
 def test_word_pieces():
-    vocabulary = {"[UNK]": 0, "[EOS]": 1, "good": 2, "##ness": 3, "##n": 4, "g": 5}
+    vocabulary = {"[UNK]": 0, "[EOS]": 1, "good": 2, "##ness": 3, "##n": 4, "g": 5, ",": 6}
     tokenizer = Tokenizer(kinds.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     spelling = spelling_of(_fast(tokenizer))
-    assert spelling.strings[2:] == [b" good", b"ness", b"n", b" g"]
+    assert spelling.strings[2:] == [b" good", b"ness", b"n", b" g", b","]
     assert spelling.write(b" goodness") == (2, 3)
     assert spelling.write(b"nness") == (4, 3)
     assert spelling.write(b"?") == (0,)
+    assert spelling.write(b",") == (6,) and spelling.write(b" good, good??ness") == (2, 6, 2, 0, 3)
 
 
 def test_tokenizers_whose_bytes_are_not_known_are_refused():

@@ -403,13 +403,16 @@ def test_the_first_view_of_a_model_waits_for_its_pass(speculative):
     model, other, main, switched = adapted("wrapped"), tiny("llama", seed=5), threading.get_ident(), []
     wanted = generate(model, [other], speculative=speculative)
     model = adapted("wrapped")
-    passes, threads = iter(range(1000)), []
+    passes, threads, inside, over = iter(range(1000)), [], threading.Event(), threading.Event()
 
     def begin(*_):
-        if threading.get_ident() == main and next(passes) == 5:
+        if threading.get_ident() != main:
+            inside.set()
+            over.wait(1)
+        elif next(passes) == 5:
             threads.append(threading.Thread(target=lambda: se.with_adapter(model, None)(prompts(1)["input_ids"])))
             threads[0].start()
-            threads[0].join(0.3)
+            inside.wait(0.3)
 
     def end(*_):
         if threading.get_ident() == main:
@@ -418,6 +421,7 @@ def test_the_first_view_of_a_model_waits_for_its_pass(speculative):
     base_of(model).model.layers[0].register_forward_pre_hook(begin)
     base_of(model).model.layers[-1].register_forward_hook(end)
     assert generate(model, [other], speculative=speculative).tolist() == wanted.tolist() and not any(switched)
+    over.set()
     threads[0].join(60)
 
 
