@@ -162,9 +162,9 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict]) -> list[int]:
     """A prompt, or messages by the chat template; without one their texts are read, with blank lines between."""
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return text_ids(tokenizer, prompt)
     if tokenizer.chat_template is None:
-        return tokenizer("\n\n".join(message["content"] for message in prompt))["input_ids"]
+        return text_ids(tokenizer, "\n\n".join(message["content"] for message in prompt))
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 

@@ -19,7 +19,7 @@ PUNCTUATION = ".", "?", "!", ","  # to which decoders of word pieces put no spac
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 ROLES = ("eos", "pad", "bos")  # of special tokens; a token with several has the first
 
-_kept: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> how many tokens it had and were asked for -> spelling
+_kept: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> tokens it had and were asked for, its roles -> spelling
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> 
     >>> len(spelling.write(b"\\xc3")), len(spelling.write(" a".encode()))
     (1, 1)
     """
-    held, key = _kept.setdefault(tokenizer, {}), (len(tokenizer), size)
+    held, key = _kept.setdefault(tokenizer, {}), (len(tokenizer), size, *_roles(tokenizer).items())
     if key not in held:
         held[key] = _spelling_of(tokenizer, size)
     return held[key]
@@ -155,9 +155,12 @@ def _spelling_of(tokenizer: PreTrainedTokenizerBase, size: int | None) -> Spelli
     for i, string in enumerate(strings):
         if string and (string not in by_string or BYTE.fullmatch(tokens[by_string[string]])):
             by_string[string] = i
-    roles = {role: getattr(tokenizer, f"{role}_token_id") for role in (*ROLES, "unk")}
-    roles = {role: i for role, i in roles.items() if i is not None and i < len(tokens)}
+    roles = {role: i for role, i in _roles(tokenizer).items() if i is not None and i < len(tokens)}
     return Spelling(tokens, strings, roles, by_string, backend, spell)
+
+
+def _roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {role: getattr(tokenizer, f"{role}_token_id") for role in (*ROLES, "unk")}
 
 
 def _ways(backend: Any, name: str) -> tuple[Callable[[str], bytes], Callable[[bytes], str | None]]:

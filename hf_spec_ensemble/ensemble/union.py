@@ -265,7 +265,8 @@ def _owned(vocabulary: Vocabulary, number: dict[Key, int], width: int, main: boo
     for i in range(vocabulary.size):
         keys = list(vocabulary.keys(i, main))
         u = next((number[key] for key in keys if key in number), None)
-        if u is None:
+        pads = ("role", "pad") in keys and i not in vocabulary.ends
+        if u is None or (pads and u == number.get(("role", "eos"))):  # by a name that means the end elsewhere
             continue
         first = (main and u == i) or (keys[-1] in preferred and preferred[keys[-1]] == i)
         if keys[0] == ("role", "eos"):

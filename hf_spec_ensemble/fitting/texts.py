@@ -12,6 +12,7 @@ from ..decoding.families import prompt_ids, text_ids
 from ..ensemble.spelling import special_ids
 
 
+CHARACTER = 4  # bytes at most, and tokens
 FORMS = (
     "a string, a pair of a prompt and its answer, a list of chat messages that ends with the assistant's, or a row "
     "(`dict`) whose `columns` hold one of these"
@@ -131,8 +132,11 @@ def _read_by(others: Sequence[PreTrainedTokenizerBase], text: Text, tokenizer: P
     """With what other members read before what counts: as when it is decoded, its text in their own tokens."""
     if not others:
         return text
-    before = tokenizer.decode(text.ids[: text.first], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return replace(text, prompts=tuple(tuple(text_ids(other, before)) for other in others))
+    for first in range(text.first, min(text.first + CHARACTER, len(text.ids) - 1) + 1):
+        before = tokenizer.decode(text.ids[:first], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if not before.endswith("\ufffd"):  # a part of a character, which others cannot read
+            break
+    return replace(text, first=first, prompts=tuple(tuple(text_ids(other, before)) for other in others))
 
 
 def _chat(turns: list[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> Text:

@@ -22,7 +22,7 @@ from transformers.generation import StopStringCriteria
 from ..batches import generate_as_completed
 from ..config import AUTO, EnsembleConfig
 from ..decoding.drafter import is_named
-from ..decoding.families import tokenizer_list, union_for
+from ..decoding.families import text_ids, tokenizer_list, union_for
 from ..decoding.validate import check_members, shared_vocabulary
 from ..ensemble.distribution import EnsembleDistribution
 from ..ensemble.processing import PositionwiseProcessor
@@ -137,7 +137,7 @@ class SpecEnsembleLM(HFLM):
     def _translated_call(self, i: int, ids: torch.Tensor) -> torch.Tensor:
         """A member's logits over the union after every token of texts `[B, T]` in the main model's ids."""
         member, way = self.members[i], self.union.maps[i].to(device_of(self.members[i]))
-        begin = [] if i == 0 else self.tokenizers[i]("")["input_ids"]
+        begin = [] if i == 0 else text_ids(self.tokenizers[i], "")
         own, mask, ends = (x.to(device_of(member)) for x in translated(way, ids.tolist(), begin))
         logits = member(input_ids=own, attention_mask=mask).logits
         return way.logits(logits.gather(1, ends[:, :, None].expand(-1, -1, logits.shape[-1])))

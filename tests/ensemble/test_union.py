@@ -175,3 +175,21 @@ def test_drafters_add_nothing():
     assert union_of(vocabularies((0, 1, 2)), True, frozenset({2})).common.tolist() == (
         union_of(vocabularies((0, 1)), True).common.tolist()
     )
+
+
+def test_anothers_padding_is_not_the_end():
+    """Not even if the end is called so, and the main model has no padding."""
+    vocabulary = {"<end>": 0, "<stop>": 1, "a": 2}
+
+    def made(**roles):
+        tokenizer = Tokenizer(kinds.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+    main, other = made(eos_token="<end>"), made(eos_token="<stop>", pad_token="<end>")
+    sizes = [Vocabulary(spelling_of(one), 3, (one.eos_token_id,)) for one in (main, other)]
+    union = union_of(tuple(sizes))
+    own = torch.tensor([0.2, 0.5, 0.3]).log()
+    assert union.maps[1].logits(own).exp()[:3].tolist() == pytest.approx([0.5, 0.0, 0.3])
+    other.pad_token = None  # and then that token is one of this name
+    assert spelling_of(other).roles == {"eos": 1}

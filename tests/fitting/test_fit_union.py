@@ -7,6 +7,7 @@ import torch
 from mixed import TEXTS, Definition, family
 
 import hf_spec_ensemble as se
+from hf_spec_ensemble.fitting.texts import texts_of
 
 
 PAIRS = [
@@ -86,3 +87,12 @@ def test_texts_without_prompts_and_those_that_cannot_be_read():
     assert sum(result.config.weights) == pytest.approx(1) and math.isfinite(result.rows[1].nats.value)
     with pytest.raises(ValueError, match="different vocabularies|different tokenizers"):
         se.fit(models, TEXTS, tokenizers[0])
+
+
+@pytest.mark.parametrize("text", ["数学の問題です。", "🙂🙃 ok", "Привет, мир!"])
+def test_what_counts_does_not_begin_within_a_character(text):
+    _, (one, other) = family((0, 2))
+    read = texts_of([text], one, others=[other])[0]
+    before = one.decode(read.ids[: read.first], skip_special_tokens=True)
+    assert "\ufffd" not in before and before and text.startswith(before)
+    assert other.decode(read.prompts[0], skip_special_tokens=True).strip() == before
