@@ -229,9 +229,8 @@ def _places(numbers: Sequence[int] | None, count: int) -> list[int]:
     if numbers is None:
         return list(range(count))
     places = list(numbers)
-    if not all(isinstance(place, Integral) and 0 <= place < LONGEST for place in places) or len({*places}) < len(
-        places
-    ):
+    each_once = len(set(places)) == len(places)
+    if not each_once or not all(isinstance(place, Integral) and 0 <= place < LONGEST for place in places):
         raise ValueError(
             f"`numbers` must be places in a list, whole numbers from 0 on and each once, but are {str(numbers)[:60]}."
         )

@@ -132,7 +132,7 @@ def fit(
         reading = Reading(members, shared, fitted, out, batch_size, memory_of_set, seed, union)
         try:
             reading.run(progress)
-            results[name] = _fit(reading, method, plausibility, names_of(list(members)), seed)
+            results[name] = _fit(reading, method, plausibility, names_of(members), seed)
         except KeyboardInterrupt:
             if not results:
                 raise
