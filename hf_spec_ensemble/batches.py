@@ -169,10 +169,7 @@ def generate_as_completed(
     calls = [_call(model, number, prompt, config, arguments) for number, prompt in zip(numbers, prompts)]
     if not calls:
         return _results(None)
-    if config.share_passes is True:
-        warn_once("`share_passes=True`, but refilled rows do not share passes: members take turns.")
-    apart = replace(calls[0].config, speculative=config.speculative, share_passes=False)
-    first = replace(calls[0], config=apart)
+    first = replace(calls[0], config=replace(calls[0].config, speculative=config.speculative))
     _check_call(first, len(prompts))
     first.ranks.share_random_state(first.input_ids.device)
     requests = [Request.of(number, place, call) for place, (number, call) in enumerate(zip(numbers, calls))]

@@ -119,6 +119,7 @@ def replug(
         `dict`: `assistant_model` and `ensemble_config`.
 
     Raises:
+        `TypeError`: if `prompts` is one prompt and no list of them.
         `ValueError`: if the number of scores is wrong, or the temperature is not above 0.
 
     Example:
@@ -137,6 +138,7 @@ def replug(
     [0.64, 0.23, 0.13]
     >>> ids = model.generate(**first, **recipe, max_new_tokens=8)
     """
+    others = _each(model, prompts)
     if len(scores) != 1 + len(prompts):
         raise ValueError(
             f"`scores` must have one entry for the main model's document and one for each of the {len(prompts)} "
@@ -145,7 +147,7 @@ def replug(
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0, but is {temperature!r}.")
     weights = (torch.tensor([float(score) for score in scores], dtype=torch.float64) / temperature).softmax(0).tolist()
-    return _of([with_prompt(model, **prompt) for prompt in prompts], "weighted", weights, settings)
+    return _of(others, "weighted", weights, settings)
 
 
 def prompt_ensemble(
@@ -167,6 +169,9 @@ def prompt_ensemble(
     Returns:
         `dict`: `assistant_model` and `ensemble_config`.
 
+    Raises:
+        `TypeError`: if `prompts` is one prompt and no list of them.
+
     Example:
 
     >>> from hf_spec_ensemble import recipes
@@ -179,7 +184,7 @@ def prompt_ensemble(
     >>> first, *others = [tokenizer(text, return_tensors="pt") for text in texts]
     >>> ids = model.generate(**first, **recipes.prompt_ensemble(model, others, method="product"), max_new_tokens=8)
     """
-    return _of([with_prompt(model, **prompt) for prompt in prompts], method, None, settings)
+    return _of(_each(model, prompts), method, None, settings)
 
 
 def proxy_tuning(
@@ -216,6 +221,13 @@ def proxy_tuning(
     >>> ids = model.generate(**prompt, **recipe, max_new_tokens=8)
     """
     return _of([tuned, untuned], "product", [1.0, scale, -scale], settings)
+
+
+def _each(model: PreTrainedModel, prompts: Sequence[Mapping[str, torch.Tensor]]) -> list:
+    """The model under each prompt."""
+    if isinstance(prompts, Mapping):
+        raise TypeError("`prompts` must be a list of prompts, but is one prompt: give `[prompt]`.")
+    return [with_prompt(model, **prompt) for prompt in prompts]
 
 
 def _of(members: list, method: str, weights: list[float] | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,46 @@ def test_a_text_does_not_depend_on_the_batch(family, n, batch_size, rule, length
     assert batched(models, inputs, config, batch_size, drafter=drafter, **kwargs) == expected
 
 
+SHARING = {
+    "family": ["llama", "gemma3", "gpt2"],
+    "kind": ["prompts", "one prompt for all", "the same model twice", "and another model"],
+    "batch_size": [1, 3],
+    "rule": ["greedy", "gumbel", "ancestral"],
+    "lengths": ["auto", 2, None],
+    "drafter": [None, "prompt_lookup", "model"],
+}
+
+
+@pytest.mark.parametrize(tuple(SHARING), pairwise(SHARING))
+def test_members_that_share_weights_are_rows_of_one_pass(family, kind, batch_size, rule, lengths, drafter):
+    model, other, draft = (tiny(family, seed=seed) for seed in (0, 1, 7))
+    inputs = prompts()
+    own, mask = left_padded(prompts(seed=3))
+    models = {
+        "prompts": [model, se.with_prompt(model, own, mask)],
+        "one prompt for all": [model, se.with_prompt(model, own[:1], mask[:1])],
+        "the same model twice": [model, model],
+        "and another model": [model, other, se.with_prompt(model, own, mask)],
+    }[kind]
+    engine = dict(speculative=False) if lengths is None else dict(num_assistant_tokens=lengths)
+    engine |= dict(weights=WEIGHTS[len(models)], coupling="gumbel" if rule == "greedy" else rule)
+    drafter = draft if drafter == "model" else drafter if lengths is not None else None
+    texts, stats = [], []
+    for share in (True, False):
+        torch.manual_seed(5)
+        results = se.generate_batch(
+            model, inputs, assistant_model=models[1:], batch_size=batch_size, progress_bar=False,
+            ensemble_config=se.EnsembleConfig(**engine, share_passes=share), drafter=drafter,
+            **SETTINGS | dict(do_sample=rule != "greedy"),
+        )  # fmt: skip
+        texts.append([result.generated_tokens for result in results.values()])
+        stats.append(results["req_0"].stats)
+    assert texts[0] == texts[1] and len(set(map(len, texts[0]))) > 1
+    last = len(models) - 1
+    assert stats[0].shared == [[0, last]] and stats[1].shared == []
+    assert stats[0].forward_passes[last] == 0 < stats[1].forward_passes[last]
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import oracle
 import pytest
@@ -417,6 +418,9 @@ def test_recipes_take_settings_and_say_what_is_wrong():
         recipes.replug(model, own[1:], [1.0, 2.0])
     with pytest.raises(ValueError, match="`temperature` must be above 0, but is 0"):
         recipes.replug(model, own[1:], [1.0, 2.0, 3.0], temperature=0)
+    for recipe in (recipes.prompt_ensemble, partial(recipes.replug, scores=[1.0, 2.0])):
+        with pytest.raises(TypeError, match=r"must be a list of prompts, but is one prompt: give `\[prompt\]`"):
+            recipe(model, own[1])
 
 
 # --- Errors ---------------------------------------------------------------------------------------------------------

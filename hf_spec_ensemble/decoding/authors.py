@@ -80,8 +80,8 @@ class Author:
         """Whether a row can begin another text while others go on; known after the first pass."""
         return True
 
-    def refill(self, row: int, prompt: list[int], prefill: Prefill | None) -> None:
-        """A row of the text has begun anew, with this prompt; a model has read its own."""
+    def refill(self, row: int, prompt: list[int], prefills: list[Prefill]) -> None:
+        """A row of the text has begun anew, with this prompt; each of the models that it runs has read its own."""
         raise NotImplementedError
 
     @property
@@ -167,17 +167,17 @@ class ModelAuthor(Author):
     def can_refill(self):
         return self.member.can_refill
 
-    def refill(self, row, prompt, prefill):
+    def refill(self, row, prompt, prefills):
         text, batch = self.context.text, self.context.text.batch
-        nothing = np.zeros(batch, int)
-        logits = self.context.distribution.align(prefill.logits)  # [1, V]
-        rows = logits.new_zeros(batch, 1, logits.shape[-1])
-        rows[row] = logits
-        have = text.scored(self.member.seen) * (np.arange(batch) != row)
-        self.member.refill(row, prefill.reader)
-        for scores in self.scores:
-            scores.put(rows, have, nothing, (np.arange(batch) == row).astype(int), nothing)
-        self.context.recorder.ran(self.index)
+        here, nothing = np.arange(batch) == row, np.zeros(batch, int)
+        have = text.scored(self.member.seen) * ~here
+        for part, (prefill, scores) in enumerate(zip(prefills, self.scores)):
+            logits = self.context.distribution.align(prefill.logits)  # [1, V]
+            rows = logits.new_zeros(batch, 1, logits.shape[-1])
+            rows[row] = logits
+            self.member.refill(row, prefill.reader, part)
+            scores.put(rows, have, nothing, here.astype(int), nothing)
+            self.context.recorder.ran(self.index)
 
     @property
     def can_keep_rows(self):
@@ -350,7 +350,7 @@ class GeneratorAuthor(Author):
         super().judged(row, kept)
         self.drafter.judged(row, kept)
 
-    def refill(self, row, prompt, prefill):
+    def refill(self, row, prompt, prefills):
         self.drafter.refill(row, prompt)
 
     def keep_rows(self, rows):

@@ -158,15 +158,15 @@ class EnsembleCandidateGenerator(AssistedCandidateGenerator):
         """The share of tokens for which rows waited for all members, as the schedule wanted."""
         return self._waited[True] / max(sum(self._waited), 1)
 
-    def refill(self, row: int, request: Request, prefills: Sequence[Prefill | None]) -> None:
-        """Begins the next text in a row whose text has ended; of every model among the authors, with what it read."""
+    def refill(self, row: int, request: Request, prefills: Sequence[list[Prefill]]) -> None:
+        """Begins the next text in a row whose text has ended, with what each author's models have read."""
         self._refilled = True
         self.text.refill(row, request.number, request.prompt, request.max_new_tokens)
         self.context.drawing.numbers = self.text.numbers
         self.context.distribution.process.refill(row, request.process)
         self.stuck[row] = False
-        for author, prefill in zip(self.authors, prefills):
-            author.refill(row, request.prompt, prefill)
+        for author, own in zip(self.authors, prefills):
+            author.refill(row, request.prompt, own)
 
     def keep_rows(self, rows: np.ndarray) -> None:
         """Goes on with these rows alone, in ascending order; the others' texts have ended."""

@@ -8,6 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..members.adapters import AdapterView
+from .suffixes import Suffixes
+
+
+EARLIER_TEXT = "earlier text"  # which a `Suffixes` copies from
 
 
 def kept_name(thing: Any) -> str | None:
@@ -26,6 +30,8 @@ def names_of(authors: list, prompts: Sequence[Any] = ()) -> list[str]:
 
 def _name(author: Any) -> str:
     path = getattr(getattr(author, "config", None), "_name_or_path", None)
+    if isinstance(author, Suffixes):
+        return EARLIER_TEXT
     if not isinstance(author, AdapterView):
         return _last(path) if path else kept_name(author)
     return f"{_last(path) if path else type(author.base).__name__}:{author.adapter}"

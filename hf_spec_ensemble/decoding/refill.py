@@ -15,7 +15,7 @@ from ..ensemble.padded import left_padded
 from ..members.placement import device_of
 from ..members.prefill import Prefill
 from ..members.prompts import Prompt
-from .authors import ModelAuthor
+from .authors import Author, ModelAuthor
 from .call import Call
 from .candidates import EnsembleCandidateGenerator
 from .drawing import Greedy
@@ -141,7 +141,7 @@ class Filler:
 
     Args:
         queue (`Queue`), rows (`Rows`), candidates_of (`EnsembleCandidateGenerator`): Of the batch.
-        order (`Sequence[int]`): The place of each author among `queue.call.models`.
+        order (`Sequence[int]`): The place of each member, by number, among `queue.call.models`; then of what drafts.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Filler:
         self.queue, self.rows, self.candidates_of, self.order = queue, rows, candidates_of, order
         self._row = 0
         self._request: Request | None = None
-        self._prefills: list[Prefill | None] = []
+        self._prefills: list[list[Prefill]] = []  # of each author
 
     @property
     def is_done(self) -> bool:
@@ -165,8 +165,9 @@ class Filler:
         while room > 0 or not text.active.any():
             if self._request is None and not self._begin():
                 return
-            room -= max(prefill.read(room if room > 0 else PREFILL) for prefill in self._prefills if prefill)
-            if all(prefill is None or prefill.logits is not None for prefill in self._prefills):
+            prefills = [prefill for own in self._prefills for prefill in own]
+            room -= max(prefill.read(room if room > 0 else PREFILL) for prefill in prefills)
+            if all(prefill.logits is not None for prefill in prefills):
                 self.candidates_of.refill(self._row, self._request, self._prefills)
                 self.rows.begin(self._row, self._request)
                 self._request, self._prefills = None, []
@@ -181,13 +182,15 @@ class Filler:
         if not all(author.can_refill for author in authors):
             return False
         self._row, self._request = int(free[0]), self.queue.waiting.popleft()
-        for author, place in zip(authors, self.order):
-            if not isinstance(author, ModelAuthor):
-                self._prefills.append(None)
-                continue
-            ids, mask = (x.to(device_of(author.member.model)) for x in self.queue.prompt_of(place, self._request))
-            self._prefills.append(Prefill(author.member, ids, mask))
+        self._prefills = [self._prefills_of(author) for author in authors]
         return True
+
+    def _prefills_of(self, author: Author) -> list[Prefill]:
+        if not isinstance(author, ModelAuthor):
+            return []
+        device = device_of(author.member.model)
+        prompts = [self.queue.prompt_of(self.order[one.number], self._request) for one in author.scores]
+        return [Prefill(author.member, ids.to(device), mask.to(device), i) for i, (ids, mask) in enumerate(prompts)]
 
 
 @torch.no_grad()
@@ -213,6 +216,7 @@ def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
     roles, readers, candidates_of = prepare(group)
     seats = roles.sharing(readers.groups)
     queue.drawn_by(candidates_of.context.drawing)
+    queue.stats.shared = readers.shared(roles)
     rows = Rows(candidates_of.text, group.requests, group.ranks)
     filler = Filler(queue, rows, candidates_of, roles.order)
     before, start = copy.copy(queue.stats), time.perf_counter()

@@ -51,6 +51,10 @@ class Readers:
         members = sum(map(len, self.groups))
         return [*self.groups, *([members + i] for i in range(len(self.all) - len(self.groups)))]
 
+    def shared(self, roles: Roles) -> list[list[int]]:
+        """The groups of several members, by their places in the caller's order."""
+        return [sorted(roles.order[number] for number in group) for group in self.groups if len(group) > 1]
+
     def weights(self, config: EnsembleConfig) -> list[float]:
         """What the members of each group have together; for a config of the members alone."""
         return [sum(config.weights[i] for i in group) for group in self.groups] if config.weights else []

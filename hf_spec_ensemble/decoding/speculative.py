@@ -67,10 +67,9 @@ def standard_together(call: Call):
     with recording_as_before(call.cache) as keep:
         each = _members(call, roles, reads_ahead=False)
         readers = share_passes(call, roles, each)
-        shared = any(len(group) > 1 for group in readers.groups)
-        if shared:
+        if readers.shared(roles):
             keep()
-    return _decoded(call, *prepare(call, roles, each, readers)) if shared else None
+    return _decoded(call, *prepare(call, roles, each, readers)) if readers.shared(roles) else None
 
 
 def _decoded(call: Call, roles: Roles, readers: Readers, candidates_of: EnsembleCandidateGenerator):
@@ -326,7 +325,7 @@ def _report(
         **counts_of(call, seats, authors),
         seconds=seconds,
         owned=[] if owners is None else owned(owners, transcript.lengths, len(call.names)),
-        shared=[sorted(roles.order[i] for i in group) for group in readers.groups if len(group) > 1],
+        shared=readers.shared(roles),
         prompt_tokens_saved=sum(reader.saved for reader in readers.all if isinstance(reader, SharedMember)),
         predicted_speedup=(
             expected_speedup(candidates_of, readers, transcript.lengths.tolist()) if call.config.speculative else None

@@ -89,7 +89,7 @@ def fit(
 
     Raises:
         `ValueError`: before the first pass, for members that do not fit together, an unknown method, no texts, empty
-            answers, and texts that are too long.
+            answers, texts that are too long, and members in training mode.
         `TypeError`: if something is not a model, or not a text.
         `KeyboardInterrupt`: if there is no result yet.
 
@@ -164,6 +164,12 @@ def _check(
         raise ValueError("`fit` reads the same texts with all members: give models, without `with_prompt`.")
     if members[0].config.is_encoder_decoder:
         raise ValueError("`fit` reads texts with decoder-only models, but the members are encoder-decoders.")
+    training = next((i for i, member in enumerate(members) if member.training), None)
+    if training is not None:
+        raise ValueError(
+            f"Member {training + 1}, a {type(members[training]).__name__}, is in training mode, in which dropout makes "
+            "passes random: call `model.eval()`."
+        )
     limit = min((limit for limit in map(_positions, members) if limit), default=None)
     union = union_for(members, tokenizers, config, members[0].generation_config)
     if union is None:

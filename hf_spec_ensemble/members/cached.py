@@ -210,12 +210,12 @@ class CachedMember(Member):
         self._slots = np.take_along_axis(self._slots, order, axis=1)
         self.prompt = self.prompt[:, left_out:]
 
-    def prefill(self, prompt, mask):
+    def prefill(self, prompt, mask, part=0):
         reader = CachedMember(self.model, {**self.kwargs, self._mask_name: mask}, prompt)
         reader.stopwatch, reader._last_token = self.stopwatch, self._last_token
         return reader
 
-    def refill(self, row, reader):
+    def refill(self, row, reader, part=0):
         here = np.arange(len(self.seen)) == row
         self._slots = np.where(here[:, None], EMPTY, self._slots).astype(np.int8)
         self._tidy()

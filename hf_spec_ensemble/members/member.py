@@ -145,17 +145,18 @@ class Member:
         """
         raise NotImplementedError
 
-    def prefill(self, prompt: torch.Tensor, mask: torch.Tensor) -> "Member":
+    def prefill(self, prompt: torch.Tensor, mask: torch.Tensor, part: int = 0) -> "Member":
         """
         The same model with another prompt, which it reads in one or several passes of its own: `score` with negative
         `end` reads a part.
 
         Args:
             prompt (`torch.LongTensor` `[1, P]`), mask (`torch.LongTensor` `[1, P]`): 0 for what attention may not see.
+            part (`int`, defaults to 0): The number of the member whose prompt it is, of those that share passes.
         """
         raise NotImplementedError
 
-    def refill(self, row: int, reader: "Member") -> None:
+    def refill(self, row: int, reader: "Member", part: int = 0) -> None:
         """Lets a row, whose text is not wanted any more, continue what `prefill` gave, which has read its prompt."""
         raise NotImplementedError
 

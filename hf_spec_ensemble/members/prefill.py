@@ -3,6 +3,7 @@
 import torch
 
 from .member import Member
+from .rows import SharedMember
 
 
 class Prefill:
@@ -11,11 +12,11 @@ class Prefill:
 
     Args:
         member (`Member`): Which `can_refill`. It takes up in `Member.refill` what was read.
-        prompt (`torch.LongTensor` `[1, P]`), mask (`torch.LongTensor` `[1, P]`): As for `Member.prefill`.
+        prompt (`torch.LongTensor` `[1, P]`), mask (`torch.LongTensor` `[1, P]`), part (`int`): As for `Member.prefill`.
     """
 
-    def __init__(self, member: Member, prompt: torch.Tensor, mask: torch.Tensor):
-        self.reader = member.prefill(prompt, mask)
+    def __init__(self, member: Member | SharedMember, prompt: torch.Tensor, mask: torch.Tensor, part: int = 0):
+        self.reader = member.prefill(prompt, mask, part)
         self.logits: torch.Tensor | None = None
         self._nothing = prompt[:, :0]
 

@@ -185,7 +185,7 @@ class SharedMember:
     """
 
     def __init__(self, whole: CachedMember, members: Sequence[CachedMember], common: Common, apart: bool = False):
-        self.whole, self.common = whole, common
+        self.whole, self.members, self.common = whole, members, common
         self.contexts, self.batch = len(members), len(members[0].prompt)
         self.model, self.runner, self.stopwatch = whole.model, whole.runner, whole.stopwatch
         self.costs = SharedCosts(whole.costs, [member.costs for member in members])
@@ -213,6 +213,16 @@ class SharedMember:
         """As of a `Member`."""
         return self.whole.in_step
 
+    @property
+    def can_refill(self) -> bool:
+        """As of a `Member`."""
+        return self.whole.can_refill
+
+    @property
+    def can_keep_rows(self) -> bool:
+        """As of a `Member`."""
+        return self.whole.can_keep_rows
+
     def score(self, new: torch.Tensor, end: np.ndarray, width: int = 0, skip: int = 0) -> torch.Tensor:
         """As `Member.score` for B rows, but that the result is `[G * B, K - skip, V]`."""
         if not self.passes and self.prompt_readers[0] is not self.whole:
@@ -224,6 +234,21 @@ class SharedMember:
     def forget(self, length: np.ndarray, settled: np.ndarray) -> None:
         """As `Member.forget`."""
         self.whole.forget(np.tile(length, self.contexts), np.tile(settled, self.contexts))
+
+    def prefill(self, prompt: torch.Tensor, mask: torch.Tensor, part: int = 0) -> Member:
+        """As `Member.prefill`, of the member with this number: each has a prompt, and perhaps an adapter, of its own."""
+        reader = self.members[part].prefill(prompt, mask)
+        reader.stopwatch = self.stopwatch
+        return reader
+
+    def refill(self, row: int, reader: Member, part: int = 0) -> None:
+        """As `Member.refill`: a row continues when all of the members have been given what they read for it."""
+        self.whole.refill(part * self.batch + row, reader)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """As `Member.reorder`."""
+        self.whole.reorder(torch.cat([part * self.batch + rows for part in range(self.contexts)]))
+        self.batch = len(rows)
 
     def release(self, length: int, copied: bool = True) -> Cache | None:
         """As `Member.release`, of the first member. None that a caller gave is among these."""

@@ -1,5 +1,6 @@
 """`fit` as a whole, on tiny models in float64, against sums that are worked out text by text."""
 
+import copy
 import functools
 import math
 
@@ -229,6 +230,7 @@ def test_a_cut_that_forbids_what_was_written_is_said():
         ({"texts": ["ab" * 100, "ab"]}, "Text 0 has 200 tokens, but the members have 128 positions"),
         ({"members": [tiny(), tiny(vocab=60)]}, "different vocabularies"),
         ({"members": [tiny()]}, "at least two members"),
+        ({"members": [tiny(), copy.deepcopy(tiny(seed=1)).train()]}, "Member 2, a LlamaForCausalLM, is in training"),
         ({"members": [tiny(), tiny(seed=1), tiny(seed=2)], "method": "contrastive"}, "takes two members"),
     ],
 )

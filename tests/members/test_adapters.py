@@ -137,6 +137,22 @@ def test_adapters_mixed_in_a_pass_are_adapters_switched(drafter, batch, draw):
     assert not any(module._forward_pre_hooks for module in tuner_layers(model))
 
 
+def test_adapters_mix_in_refilled_rows():
+    model, inputs = adapted("native"), [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16]]
+    views = [se.with_adapter(model, name) for name in ("maths", "code")]
+    texts, stats = [], []
+    for share in BOTH:
+        config = se.EnsembleConfig(weights=[0.4, 0.35, 0.25], num_assistant_tokens=2, share_passes=share)
+        settings = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=[2, 3, 4, 5, 6])
+        results = se.generate_batch(
+            model, inputs, assistant_model=views, ensemble_config=config, batch_size=2, progress_bar=False, **settings
+        )
+        texts.append([result.generated_tokens for result in results.values()])
+        stats.append(results["req_0"].stats)
+    assert texts[0] == texts[1]
+    assert stats[0].shared == [[0, 1, 2]] and stats[0].forward_passes[1:3] == [0, 0] and stats[1].shared == []
+
+
 def test_prompts_and_adapters_mix_too():
     model = adapted("wrapped")
     own, names = [prompts(3), prompts(3, 4, seed=4), prompts(1, 11, seed=11)], ("maths", "code", None)
