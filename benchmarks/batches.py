@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_spec_ensemble as se
-from hf_spec_ensemble.decoding.refill import padded
+from hf_spec_ensemble.ensemble.padded import left_padded
 
 
 WAYS = ("standard waiting", "standard refilled", "speculative waiting", "speculative refilled")
@@ -91,7 +91,7 @@ class Ways:
             return [result.generated_tokens for result in results.values()]
         texts, size = [], self.args.batch_size
         for batch in (prompts[at : at + size] for at in range(0, len(prompts), size)):
-            ids, mask = padded(batch)
+            ids, mask = left_padded(batch)
             out = self.models[0].generate(ids, attention_mask=mask, **settings)
             texts += map(self._until_end, out[:, ids.shape[1] :].tolist())
         return texts

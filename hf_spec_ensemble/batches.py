@@ -88,9 +88,9 @@ def generate_batch(
             Whether to show how many texts are done.
         kwargs:
             Whatever else `generate()` takes for text: `drafter`, `max_new_tokens`, `logits_processor`,
-            `stopping_criteria`, `stop_strings` and `tokenizer`, ... And `numbers` (`Sequence[int]`): the places of
-            `inputs` in a longer list, of which they are what is left to do; by default 0, 1, 2, ... Texts and
-            request ids are then those of the longer list.
+            `stopping_criteria`, `stop_strings` and `tokenizer`, ... And `numbers` (`Sequence[int]`): the place of each
+            of `inputs` in a longer list, to continue a run; by default 0, 1, 2, ... Texts and request ids are those of
+            the longer list.
 
     Returns:
         `dict[str, EnsembleGenerationOutput]`: By request id, in the order of the prompts; empty without prompts.

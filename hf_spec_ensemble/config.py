@@ -77,7 +77,7 @@ class EnsembleConfig:
             How tokens are drawn and sampled proposals are verified. All are exact. Greedy decoding and beam search
             use none. `"auto"` is `"ancestral"` for a weighted mixture of probabilities, else `"gumbel"`.
             `"ancestral"`: every position has an owner, member i with probability w_i, and its token is drawn from the
-            owner only. So a token costs one pass, for any number of members, also if they differ much. The owner
+            owner only. So a token costs one pass, for any number of members, however different they are. The owner
             and the noise of a position depend on the seed alone, so that a seed's text is the standard ensemble's.
             `"gumbel"`: proposal and verification share Gumbel noise that depends on the seed and the position alone,
             so that a seed's text is the standard ensemble's, whatever the proposals and however long passes take.
@@ -195,8 +195,8 @@ class EnsembleConfig:
             self.num_assistant_tokens = list(lengths)
             return
         raise ValueError(
-            "`num_assistant_tokens` must be 'auto', an int >= 1 (for the smallest member; the others propose 1) or a "
-            f"list of ints >= 1, one for each member, but is {lengths!r}."
+            "`num_assistant_tokens` must be 'auto', an int >= 1 (for the drafter or else the smallest member; the "
+            f"others propose 1) or a list of ints >= 1, one for each member, but is {lengths!r}."
         )
 
     def for_members(self, n: int, drafters: int = 0) -> "EnsembleConfig":

@@ -198,8 +198,8 @@ def proxy_tuning(
     Liu et al., "Tuning Language Models by Proxy", arXiv 2401.08565.
 
     Args:
-        tuned (`PreTrainedModel`), untuned (`PreTrainedModel`): The small model, after and before its tuning. With the
-            tuned model's own prompt (`with_prompt`), this is a chat template for it alone.
+        tuned (`PreTrainedModel`), untuned (`PreTrainedModel`): The small model, after and before its tuning. To give
+            the tuned one alone a chat template, pass `with_prompt(tuned, ...)`.
         scale (`float`, defaults to 1.0): As in the paper.
 
     Returns:

@@ -236,7 +236,7 @@ class Trial:
             out = self.generated([model], inputs, return_dict_in_generate=True, output_logits=True)
             text = self._new(out.sequences, inputs)
             if formula.difference(text):
-                return "says something else"
+                return "gives another text"
             with contextlib.suppress(Exception):  # of models that read more than what they are given
                 away = formula.distance(text, torch.stack(out.logits, dim=1))
                 if away > TOLERANCE:
@@ -431,7 +431,7 @@ def _sweep(entry: Entry, ways: tuple[str, ...], report: Report) -> None:
         return
     for way in ways:
         if way == "static" and not trial.static_alone():
-            report.notes.append("transformers alone cannot do with a static cache")
+            report.notes.append("transformers alone fails with a static cache")
             continue
         report.ways[way] = trial.run(way)
     if trial.accepted["proposed"]:

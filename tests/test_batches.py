@@ -13,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteria
 import hf_spec_ensemble as se
 from hf_spec_ensemble.decoding import refill
 from hf_spec_ensemble.ensemble.padded import left_padded
+from hf_spec_ensemble.members import rows
 from hf_spec_ensemble.members.cached import CachedMember
 
 
@@ -112,17 +113,21 @@ def test_a_text_does_not_depend_on_the_batch(family, n, batch_size, rule, length
 
 
 SHARING = {
-    "family": ["llama", "gemma3", "gpt2"],
+    "family": ["llama", "gemma3", "gpt2", "bloom"],
     "kind": ["prompts", "one prompt for all", "the same model twice", "and another model"],
     "batch_size": [1, 3],
     "rule": ["greedy", "gumbel", "ancestral"],
     "lengths": ["auto", 2, None],
     "drafter": [None, "prompt_lookup", "model"],
+    "worth": [32, 0],  # tokens that must be saved for prompts to be read apart, or what they have in common once
 }
 
 
 @pytest.mark.parametrize(tuple(SHARING), pairwise(SHARING))
-def test_members_that_share_weights_are_rows_of_one_pass(family, kind, batch_size, rule, lengths, drafter):
+def test_members_that_share_weights_are_rows_of_one_pass(
+    family, kind, batch_size, rule, lengths, drafter, worth, monkeypatch
+):
+    monkeypatch.setattr(rows, "WORTH_A_PASS", {"cpu": worth})
     model, other, draft = (tiny(family, seed=seed) for seed in (0, 1, 7))
     inputs = prompts()
     own, mask = left_padded(prompts(seed=3))
@@ -149,6 +154,32 @@ def test_members_that_share_weights_are_rows_of_one_pass(family, kind, batch_siz
     last = len(models) - 1
     assert stats[0].shared == [[0, last]] and stats[1].shared == []
     assert stats[0].forward_passes[last] == 0 < stats[1].forward_passes[last]
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["a common beginning", "prompts of unequal length"])
+def test_rows_are_kept_till_members_that_share_a_pass_have_read(alike):
+    """Texts that end at once leave few rows, before a group of little weight was asked for anything."""
+    model, other, inputs = tiny("llama"), tiny("llama", seed=1), prompts(4, seed=2)
+    begin = [[7 + row] * 40 for row in range(4)] if alike else [[]] * 4
+    inputs = [first + prompt for first, prompt in zip(begin, inputs)]
+    own = [[9] * 40] if not alike else [first + [8, 9] for first in begin]
+    view = se.with_prompt(model, torch.tensor(own))
+
+    def allowed(number, ids):
+        return [2] if number else list(range(10, VOCAB))
+
+    for seed in range(12):
+        texts = []
+        for share in (True, False):
+            torch.manual_seed(seed)
+            config = se.EnsembleConfig(weights=[0.05, 0.9, 0.05], num_assistant_tokens=1, share_passes=share)
+            results = se.generate_batch(
+                model, inputs, assistant_model=[other, view], ensemble_config=config, batch_size=4, do_sample=True,
+                max_new_tokens=12, eos_token_id=[2], pad_token_id=0, drafter=None, prefix_allowed_tokens_fn=allowed,
+                progress_bar=False,
+            )  # fmt: skip
+            texts.append([result.generated_tokens for result in results.values()])
+        assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

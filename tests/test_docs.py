@@ -1,6 +1,7 @@
 """README and guides: their examples run, their links lead somewhere, and every claim has a test or a command."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def test_examples_run(file, tmp_path, monkeypatch, capsys):
             block = re.sub(r"max_new_tokens=\d\d+", "max_new_tokens=12", block)
             exec(compile(block, str(file), "exec"), namespace)
     assert ("print(" in "".join(blocks)) <= bool(capsys.readouterr().out.strip())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_what_measures_can_be_imported(file):
+    runpy.run_path(str(file))
 
 
 def test_the_readme_fits_a_reader_in_a_hurry():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..schedule.mixture import drafting, predict_mixture
-from ..schedule.simulation import AllSettle, OwnerSettles, simulate
+from ..schedule.simulation import AllSettle, OwnerSettles, mean_of_runs
 from ..schedule.theory import Cost, predict
 from ..schedule.turns import Turns
 from .authors import GeneratorAuthor
@@ -69,6 +69,4 @@ def _seconds_per_token(
         if isinstance(rule, AllSettle):
             return predict(turns, acceptance, cost).seconds_per_token
     some = [max(round(length * min(ROW_TOKENS / sum(lengths), 1)), 1) for length in lengths]
-    times = max(ROW_TOKENS // sum(some), 1)
-    runs = [simulate(turns, acceptance, cost, some, rule, coverage, seed) for seed in range(times)]
-    return sum(run.seconds_per_token for run in runs) / len(runs)
+    return mean_of_runs(turns, acceptance, cost, some, rule, coverage, ROW_TOKENS).seconds_per_token

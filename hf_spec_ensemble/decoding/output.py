@@ -18,7 +18,7 @@ from .writing import Writer
 class EnsembleStats:
     """
     What a call did. Lists have one entry for each member, in the order `[model, *assistant_models]`, and last one for a
-    drafter if there is one. Of members that ran as rows of one pass (`shared`) the first has all, and the others 0.
+    drafter if there is one. For members that share passes (`shared`) these count for the first; the others have 0.
 
     Args:
         new_tokens (`int`): Tokens generated, over all rows.
@@ -36,8 +36,8 @@ class EnsembleStats:
             included, as `theory.predict` has it for this acceptance, the costs measured in this process and the
             proposal lengths (the last plan's if they choose themselves); `None` where costs are not known. A batch, a
             greedy mixture that some members settle, and drafts in places are simulated.
-        settled_early (`float`, *optional*): Of a greedy mixture: how often members with more than half of the weight
-            settled a token, asked before the others had scored it; `None` where none were.
+        settled_early (`float`, *optional*): Of a greedy mixture: the share of tokens that members with more than half
+            of the weight settled before the others had scored them; `None` if there were none.
         row_tokens (`list[int]`): Tokens generated, by row.
         authors (`list[str]`): What members and drafter are called.
 
@@ -122,8 +122,8 @@ class EnsembleDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     `EnsembleConfig(trace=True)` asks for one.
 
     `scores` are the log-probabilities of the distribution r that each token was drawn from, `logits` the main model's
-    raw logits; for a row that has finished they give its padding token probability one. `past_key_values` is the main
-    model's cache, of as many tokens of `sequences` as it has seen in every row (at most all but the last), or `None`
+    raw logits; for a row that has finished they give its padding token probability one. `cache`
+    (`past_key_values` in older versions of transformers) is the main model's cache, of as many tokens of `sequences` as it has seen in every row (at most all but the last), or `None`
     where a cache of convolutions cannot be cut to that.
     """
 

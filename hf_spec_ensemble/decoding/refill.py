@@ -216,7 +216,8 @@ def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
     roles, readers, candidates_of = prepare(group)
     seats = roles.sharing(readers.groups)
     queue.drawn_by(candidates_of.context.drawing)
-    queue.stats.shared = readers.shared(roles)
+    queue.stats.shared = readers.shared(roles) or queue.stats.shared
+    queue.stats.prompt_tokens_saved += readers.prompt_tokens_saved
     rows = Rows(candidates_of.text, group.requests, group.ranks)
     filler = Filler(queue, rows, candidates_of, roles.order)
     before, start = copy.copy(queue.stats), time.perf_counter()

@@ -55,6 +55,11 @@ class Readers:
         """The groups of several members, by their places in the caller's order."""
         return [sorted(roles.order[number] for number in group) for group in self.groups if len(group) > 1]
 
+    @property
+    def prompt_tokens_saved(self) -> int:
+        """Tokens that members have in common, and that are read once."""
+        return sum(reader.saved for reader in self.all if isinstance(reader, SharedMember))
+
     def weights(self, config: EnsembleConfig) -> list[float]:
         """What the members of each group have together; for a config of the members alone."""
         return [sum(config.weights[i] for i in group) for group in self.groups] if config.weights else []

@@ -17,7 +17,6 @@ from ..members.check import check_reading
 from ..members.costs import PassCosts, remembered
 from ..members.member import Member
 from ..members.ranks import Together
-from ..members.rows import SharedMember
 from ..members.translated import TranslatedMember
 from ..members.uncached import member_of
 from ..notices import STANDARD
@@ -326,7 +325,7 @@ def _report(
         seconds=seconds,
         owned=[] if owners is None else owned(owners, transcript.lengths, len(call.names)),
         shared=readers.shared(roles),
-        prompt_tokens_saved=sum(reader.saved for reader in readers.all if isinstance(reader, SharedMember)),
+        prompt_tokens_saved=readers.prompt_tokens_saved,
         predicted_speedup=(
             expected_speedup(candidates_of, readers, transcript.lengths.tolist()) if call.config.speculative else None
         ),

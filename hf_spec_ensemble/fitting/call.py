@@ -47,7 +47,7 @@ def fit(
 
     Likelihoods are those of the ensemble without logits processors: at temperature 1, without top-k, top-p or
     penalties. Every member reads every text once. Of a mixture a number per member and token is all that is kept. Of a
-    product or a contrast whole distributions are needed, which are kept in half precision, `2 N T V` bytes; what
+    product or a contrast whole distributions are needed, which are kept in half precision, `2 N T V` bytes for N members, T tokens and V entries; what
     exceeds `memory` is read again for every evaluation, of which there are about ten.
 
     Args:
@@ -59,7 +59,7 @@ def fit(
         tokenizer (`PreTrainedTokenizerBase`): The members', or the main model's.
         method (`str`, defaults to `"weighted"`):
             `"weighted"`, by expectation maximisation; `"product"`, weights of any sign, by L-BFGS; `"contrastive"`,
-            the contrast, between 0 and 8. All are convex: there is one optimum, and it is found.
+            the contrast, between 0 and 8. The negative log-likelihood is convex in all of them: the optimum is global.
         plausibility (`float` or `"fit"`, defaults to 0.0):
             Of contrastive decoding. A number is taken as it is: tokens that it cuts do not count in the fit, and make
             held-out texts impossible. `"fit"`: the greatest that cuts no token of the fitted texts, which makes these

@@ -29,8 +29,8 @@ def with_prompt(
     A model with a prompt of its own, as an assistant or drafter: it reads these tokens and then the new ones, while the
     main model reads what `generate()` is given. So one model can be several members of an ensemble.
 
-    The weights are not copied. Each member has its own cache. What is measured of a model's passes, and how it was
-    found to read, is shared by all members that are this model. `model` may be the main model itself.
+    The weights are not copied. Each member has its own cache. Measured costs of passes, and the result of the check of
+    members, are shared by all members that are this model. `model` may be the main model itself.
 
     Logits processors, stopping criteria, `"prompt_lookup"` and the output see the main model's prompt alone. Where
     texts grow beyond what "dynamic" rotary embeddings were made for, these are state that all members share.

@@ -174,7 +174,7 @@ class SharedMember:
     Several members as rows of one: row g * B + b of that is row b of the g-th. To who runs it a member of B rows, but
     that `score` gives the logits of G * B, and `release` the first member's cache.
 
-    State: the whole's, and whether the prompts' readers or that of the common beginning have read.
+    State: the whole's, the number of rows B, and whether the prompts' readers or that of the common beginning have read.
 
     Args:
         whole (`CachedMember`): Of G * B rows, which has read nothing.
@@ -220,8 +220,8 @@ class SharedMember:
 
     @property
     def can_keep_rows(self) -> bool:
-        """As of a `Member`."""
-        return self.whole.can_keep_rows
+        """As of a `Member`; not before its first pass, since how prompts are read is laid out for all rows."""
+        return self.passes > 0 and self.whole.can_keep_rows
 
     def score(self, new: torch.Tensor, end: np.ndarray, width: int = 0, skip: int = 0) -> torch.Tensor:
         """As `Member.score` for B rows, but that the result is `[G * B, K - skip, V]`."""

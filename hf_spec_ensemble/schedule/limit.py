@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .mixture import drafting, predict_mixture, with_drafts
-from .simulation import AllSettle, EnoughSettle, OwnerSettles, simulate
+from .simulation import AllSettle, EnoughSettle, OwnerSettles, mean_of_runs
 from .theory import LENGTHS, Cost, Prediction, best_turns
 from .turns import Turns
 
@@ -62,7 +62,7 @@ def limit(
     standard = Turns((0,) * len(acceptance), 0, rule.members, at_once)
     if len(lengths) > 1 or isinstance(rule, EnoughSettle):
         options = [
-            simulate(turns, acceptance, cost, lengths, rule, drafted)
+            mean_of_runs(turns, acceptance, cost, lengths, rule, drafted)
             for turns in _candidates(standard, acceptance, cost, may_propose)
         ]
         return min([*options, _in_step(standard, cost)], key=_seconds)

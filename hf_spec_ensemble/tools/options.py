@@ -41,6 +41,12 @@ ELSEWHERE = {  # commands with options of their own
     "eval": "score an ensemble on the tasks of lm-evaluation-harness (extra `lm_eval`)",
 }
 
+# Options that say what a saved ensemble says itself, and their defaults
+OF_SAVED = dict(
+    method="weighted", weights=None, contrast=None, plausibility=None, combine_on=None, coupling=None, dtype="auto",
+    drafter="auto",
+)  # fmt: skip
+
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """
@@ -111,7 +117,9 @@ def parser() -> argparse.ArgumentParser:
     for name, what in ELSEWHERE.items():
         commands.add_parser(name, add_help=False, help=what)
 
-    card = commands.add_parser("card", help="write a folder for the Hub from members, or rewrite the model card of one")
+    card = commands.add_parser(
+        "card", help="write an ensemble's folder for the Hub, or rewrite the model card of an existing folder"
+    )
     card.add_argument("folder", type=Path, help="the ensemble's folder; created if --members are given")
     _add_models(card, None)
     card.add_argument("--license", help='as the Hub names it, e.g. "apache-2.0"')
@@ -155,7 +163,7 @@ def fit_parser() -> argparse.ArgumentParser:
         "--plausibility",
         default="0",
         metavar="ALPHA|fit",
-        help="for --method contrastive: a value, or fit it too (default: 0)",
+        help="for --method contrastive: a number, or the word fit to fit it too (default: 0)",
     )
     run.add_argument("--batch-size", type=int, default=8, help="texts per forward pass (default: %(default)s)")
     run.add_argument(
@@ -271,6 +279,8 @@ def check(args: argparse.Namespace, command: str | None) -> None:
         raise ValueError(f"{prefix}drafter {drafter!r} is not known: write {spelled}.")
     if command == "generate":
         _check_generate(args)
+    if command in ("generate", "card") and not members:
+        _check_saved(args)
 
 
 def _check_generate(args: argparse.Namespace) -> None:
@@ -298,6 +308,14 @@ def _check_generate(args: argparse.Namespace) -> None:
     for name in ("temperature", "top_p", "top_k"):
         if getattr(args, name) is not None and not args.do_sample:
             raise ValueError(f"--{name.replace('_', '-')} needs --do-sample.")
+
+
+def _check_saved(args: argparse.Namespace) -> None:
+    """Raises for an option that says what a saved ensemble says."""
+    for name, default in OF_SAVED.items():
+        if getattr(args, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is what a saved ensemble says itself: leave it out, or give --members.")
 
 
 def _so_many(things: Sequence, noun: str) -> str:

@@ -70,9 +70,11 @@ def test_rows_of_a_batch_wait_for_each_other():
     assert 1 <= drawn.speedup < 1.6, "some row needs either member nearly always"
 
 
-def test_a_greedy_mixture_need_not_hear_the_light_member():
+@pytest.mark.parametrize("length", [24, 200])
+def test_a_greedy_mixture_need_not_hear_the_light_member(length):
+    """Nor is the best of many schedules that were lucky in a short text."""
     early = EnoughSettle([0.7, 0.3], {(True, False): 0.8})
-    best = limit([0.0, 0.0], lambda author, width: 1.0, early, [True, True], lengths=[200])
+    best = limit([0.0, 0.0], lambda author, width: 1.0, early, [True, True], lengths=[length])
     assert best.speedup == pytest.approx(2 / 1.2, rel=0.05)
     assert limit([0.0, 0.0], cost, EnoughSettle([0.7, 0.3], {}), [True, True], lengths=[200]).speedup == pytest.approx(
         1
