@@ -162,7 +162,7 @@ def test_rows_are_kept_till_members_that_share_a_pass_have_read(alike):
     model, other, inputs = tiny("llama"), tiny("llama", seed=1), prompts(4, seed=2)
     begin = [[7 + row] * 40 for row in range(4)] if alike else [[]] * 4
     inputs = [first + prompt for first, prompt in zip(begin, inputs)]
-    own = [[9] * 40] if not alike else [first + [8, 9] for first in begin]
+    own = [[9] * 40] if not alike else [[*first, 8, 9] for first in begin]
     view = se.with_prompt(model, torch.tensor(own))
 
     def allowed(number, ids):

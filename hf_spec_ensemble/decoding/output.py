@@ -122,9 +122,9 @@ class EnsembleDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     `EnsembleConfig(trace=True)` asks for one.
 
     `scores` are the log-probabilities of the distribution r that each token was drawn from, `logits` the main model's
-    raw logits; for a row that has finished they give its padding token probability one. `cache`
-    (`past_key_values` in older versions of transformers) is the main model's cache, of as many tokens of `sequences` as it has seen in every row (at most all but the last), or `None`
-    where a cache of convolutions cannot be cut to that.
+    raw logits; for a row that has finished they give its padding token probability one. `cache` (in
+    older versions of transformers `past_key_values`) is the main model's, of as many tokens of `sequences` as it has
+    seen in every row (at most all but the last), or `None` where a cache of convolutions cannot be cut to that.
     """
 
     stats: EnsembleStats | None = None

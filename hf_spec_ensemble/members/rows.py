@@ -174,7 +174,7 @@ class SharedMember:
     Several members as rows of one: row g * B + b of that is row b of the g-th. To who runs it a member of B rows, but
     that `score` gives the logits of G * B, and `release` the first member's cache.
 
-    State: the whole's, the number of rows B, and whether the prompts' readers or that of the common beginning have read.
+    State: the whole's, the number B of rows, and whether the readers of prompts or of the common beginning have read.
 
     Args:
         whole (`CachedMember`): Of G * B rows, which has read nothing.
@@ -236,7 +236,7 @@ class SharedMember:
         self.whole.forget(np.tile(length, self.contexts), np.tile(settled, self.contexts))
 
     def prefill(self, prompt: torch.Tensor, mask: torch.Tensor, part: int = 0) -> Member:
-        """As `Member.prefill`, of the member with this number: each has a prompt, and perhaps an adapter, of its own."""
+        """As `Member.prefill`, of the member with this number: each has its own prompt, and perhaps adapter."""
         reader = self.members[part].prefill(prompt, mask)
         reader.stopwatch = self.stopwatch
         return reader
