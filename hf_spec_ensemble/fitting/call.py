@@ -48,8 +48,7 @@ def fit(
     Likelihoods are those of the ensemble without logits processors: at temperature 1, without top-k, top-p or
     penalties. Every member reads every text once. Of a mixture a number per member and token is all that is kept. Of a
     product or a contrast whole distributions are needed. These are kept in half precision: `2 N T V` bytes for N
-    members, T tokens and a vocabulary of V. What exceeds `memory` is read again for every evaluation, of which there are
-    about ten.
+    members, T tokens and a vocabulary of V. What exceeds `memory` is read again for each of about ten evaluations.
 
     Args:
         members (`Sequence[PreTrainedModel]`): `[model, *assistant_models]`, decoder-only.
