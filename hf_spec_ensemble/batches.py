@@ -15,21 +15,22 @@ from .compat import given_cache
 from .config import AUTO, EnsembleConfig
 from .decoding.call import Call
 from .decoding.drafter import PROMPT_LOOKUP, chosen_drafter
+from .decoding.families import tokenizer_list
 from .decoding.output import EnsembleStats
 from .decoding.refill import Queue, serve
 from .decoding.requests import Request
 from .decoding.suffixes import Suffixes
 from .decoding.validate import assistant_list, check_members, check_prompt
 from .ensemble.grammar import holds_grammar
+from .ensemble.padded import left_padded
 from .ensemble.processing import flat, in_order_only
 from .integration import call_of
 from .members.cache import can_roll_back, without_fresh_static_cache
-from .members.prompts import model_of
+from .members.prompts import Prompt, model_of
 from .notices import warn_once
 
 
 LONGEST = 2**31  # list of prompts
-OTHER_TOKENIZERS = "Members with different tokenizers are not supported here: use `generate()`."
 
 
 @dataclass
@@ -88,9 +89,9 @@ def generate_batch(
             Whether to show how many texts are done.
         kwargs:
             Whatever else `generate()` takes for text: `drafter`, `max_new_tokens`, `logits_processor`,
-            `stopping_criteria`, `stop_strings` and `tokenizer`, ... And `numbers` (`Sequence[int]`): the place of each
-            of `inputs` in a longer list, to continue a run; by default 0, 1, 2, ... Texts and request ids are those of
-            the longer list.
+            `stopping_criteria`, `stop_strings`, `tokenizer` and `assistant_tokenizer`, ... And `numbers`
+            (`Sequence[int]`): the place of each of `inputs` in a longer list, to continue a run; by default 0, 1, 2,
+            ... Texts and request ids are those of the longer list.
 
     Returns:
         `dict[str, EnsembleGenerationOutput]`: By request id, in the order of the prompts; empty without prompts.
@@ -163,13 +164,20 @@ def generate_as_completed(
     _check_arguments(kwargs)
     assistants = assistant_list(assistant_model)
     drafter = _drafter(kwargs.pop("drafter", AUTO), config)
-    check_members([model, *assistants], config, drafter)
-    _check_prompts(prompts, [model, *assistants])
+    tokenizers = tokenizer_list(kwargs.get("tokenizer"), kwargs.get("assistant_tokenizer"), len(assistants))
+    check_members([model, *assistants], config, drafter, tokenizers)
+    _check_prompts(prompts, [model])
     arguments = kwargs | dict(assistant_model=assistants, drafter=drafter, generation_config=generation_config)
     calls = [_call(model, number, prompt, config, arguments) for number, prompt in zip(numbers, prompts)]
     if not calls:
         return _results(None)
-    first = replace(calls[0], config=replace(calls[0].config, speculative=config.speculative))
+    first = replace(
+        calls[0],
+        config=replace(calls[0].config, speculative=config.speculative),
+        prompts=[_merged([call.prompts[place] for call in calls]) for place in range(len(calls[0].prompts))],
+    )
+    if first.union is None:
+        _check_prompts(prompts, [model, *assistants])
     _check_call(first, len(prompts))
     first.ranks.share_random_state(first.input_ids.device)
     requests = [Request.of(number, place, call) for place, (number, call) in enumerate(zip(numbers, calls))]
@@ -179,8 +187,11 @@ def generate_as_completed(
 def _results(queue: Queue | None) -> Iterator[EnsembleGenerationOutput]:
     if queue is None:
         return
+    union = queue.call.union
     with closing(serve(queue)) as served:
         for request, tokens in served:
+            if union is not None:
+                tokens = [token for u in tokens for token in union.maps[0].read(u)]
             yield EnsembleGenerationOutput(f"req_{request.number}", request.prompt, tokens, request.number, queue.stats)
 
 
@@ -197,6 +208,13 @@ def _call(
     return call_of(
         model, input_ids=ids, attention_mask=torch.ones_like(ids), ensemble_config=config, **arguments
     )  # fmt: skip
+
+
+def _merged(prompts: Sequence[Prompt | None]) -> Prompt | None:
+    """What a model has for its own in all calls: given once for all of these, or made for each."""
+    if prompts[0] is None or all(own is prompts[0] for own in prompts):
+        return prompts[0]
+    return Prompt(*left_padded([own.input_ids[0].tolist() for own in prompts]))
 
 
 def _prompts(inputs: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -243,8 +261,6 @@ def _check_size(batch_size: int) -> None:
 
 def _check_arguments(given: dict[str, Any]) -> None:
     """Raises for arguments of `generate()` that are of one batch, and not of every prompt."""
-    if given.get("assistant_tokenizer") is not None:
-        raise ValueError(OTHER_TOKENIZERS)
     for name, value in given.items():
         if isinstance(value, (torch.Tensor, Cache)) or name in ("streamer", "input_ids"):
             raise ValueError(
@@ -282,8 +298,6 @@ def _check_prompts(prompts: list[list[int]], members: Sequence[PreTrainedModel])
 def _check_call(call: Call, prompts: int) -> None:
     """Raises for what would not be of each prompt alone, or cannot be refilled."""
     settings = call.generation_config
-    if call.union is not None:
-        raise ValueError(OTHER_TOKENIZERS)
     if call.model.config.is_encoder_decoder:
         raise ValueError("Encoder-decoder models are not supported here: use `generate()`, batch by batch.")
     if call.config.trace or call.returns("scores") or call.returns("logits"):

@@ -3,11 +3,13 @@
 import functools
 import random
 
+import mixed
 import numpy as np
 import pytest
 import torch
 from covering import pairwise
 from families import VOCAB, members, tiny, tokenizer
+from mixed import TEXTS
 from transformers import DynamicCache, StoppingCriteria
 
 import hf_spec_ensemble as se
@@ -154,6 +156,56 @@ def test_members_that_share_weights_are_rows_of_one_pass(
     last = len(models) - 1
     assert stats[0].shared == [[0, last]] and stats[1].shared == []
     assert stats[0].forward_passes[last] == 0 < stats[1].forward_passes[last]
+
+
+FAMILIES = {
+    "order": [(0, 2), (2, 0), (2, 1, 0)],
+    "batch_size": [1, 2, 3],
+    "rule": ["greedy", "gumbel", "ancestral"],
+    "lengths": ["auto", 2, None],
+    "drafter": [None, "suffixes", "model"],
+    "asked": ["stop strings", "processors", "prompts of their own", "nothing"],
+}
+
+
+@pytest.mark.parametrize(tuple(FAMILIES), pairwise(FAMILIES))
+def test_members_with_different_tokenizers(order, batch_size, rule, lengths, drafter, asked, monkeypatch):
+    """Each text is that of a call of its own or, sampled, of a row of one call."""
+    monkeypatch.setattr(refill, "PREFILL", 3)
+    models, tokenizers = mixed.family(order)
+    texts, pad = [*TEXTS, "Ann", " the answer to", "🙂"], tokenizers[0].pad_token_id
+    inputs = [tokenizers[0](text)["input_ids"] for text in texts]
+    engine = dict(speculative=False) if lengths is None else dict(num_assistant_tokens=lengths)
+    config = se.EnsembleConfig(weights=WEIGHTS[len(order)], coupling="gumbel" if rule == "greedy" else rule, **engine)
+    drafter = {"suffixes": se.Suffixes(), "model": models[0]}.get(drafter, drafter) if lengths is not None else None
+    settings = dict(max_new_tokens=8, do_sample=rule != "greedy", pad_token_id=pad, drafter=drafter)
+    settings |= dict(tokenizer=tokenizers[0], assistant_tokenizer=tokenizers[1:], ensemble_config=config)
+    settings |= {
+        "stop strings": dict(stop_strings=["e", "t", " s"]),
+        "processors": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
+    }.get(asked, {})
+    own = [tokenizers[1](text)["input_ids"][-3:] for text in texts]
+    views = [se.with_prompt(models[1], *left_padded(own)), *models[2:]]
+    settings["assistant_model"] = views if asked == "prompts of their own" else models[1:]
+
+    def text(number):
+        """Of a call of its own; the noise of a row is that of its number."""
+        ids, mask = left_padded(inputs)
+        if rule != "greedy":
+            torch.manual_seed(5)
+            rows = models[0].generate(ids, attention_mask=mask, **settings)
+            return rows[number, ids.shape[1] :].tolist()
+        one = dict(settings)
+        if asked == "prompts of their own":
+            one["assistant_model"] = [se.with_prompt(models[1], torch.tensor([own[number]])), *models[2:]]
+        return models[0].generate(torch.tensor([inputs[number]]), **one)[0, len(inputs[number]) :].tolist()
+
+    torch.manual_seed(5)
+    results = se.generate_batch(models[0], inputs, batch_size=batch_size, progress_bar=False, **settings)
+    for number, result in enumerate(results.values()):
+        expected = text(number)
+        assert result.generated_tokens == expected[: len(result.generated_tokens)]
+        assert set(expected[len(result.generated_tokens) :]) <= {pad}
 
 
 @pytest.mark.parametrize("alike", [True, False], ids=["a common beginning", "prompts of unequal length"])

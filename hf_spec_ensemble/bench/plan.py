@@ -302,7 +302,8 @@ class Plan:
         static = [variant.name for variant in every if variant.prefix]
         if static:
             raise ValueError(
-                f"Members with different tokenizers have no static caches or refilled rows: leave out {static[0]}."
+                "For members with different tokenizers neither static caches nor refilled rows are measured: leave out "
+                f"{static[0]}."
             )
         if self.drafters:
             raise ValueError(f"Members with different tokenizers: leave out drafter:{self.drafters[0]}.")

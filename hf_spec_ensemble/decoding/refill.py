@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,12 +42,14 @@ class Group(Call):
     Args:
         requests (`list[Request]`, B): The rows'.
         longest (`tuple[int, int]`): Tokens of the longest prompt, and of the longest text behind one, of all requests.
+        widest (`list[int]`): Tokens of the longest prompt that each of `models` has for its own, of all requests.
         like (`Cache`, *optional*): The kind of cache that is wanted. Each member makes its own.
         rule (`Greedy`, *optional*): By which all groups draw.
     """
 
     requests: list[Request]
     longest: tuple[int, int]
+    widest: list[int]
     like: Cache | None
     rule: Greedy | None
 
@@ -62,6 +64,9 @@ class Group(Call):
     @property
     def cache(self):
         return self.like
+
+    def longest_of(self, place):
+        return self.max_length if self.prompts[place] is None else self.widest[place] + self.max_new_tokens
 
     def text(self):
         starts = np.array([self.longest[0] - len(request.prompt) for request in self.requests])
@@ -112,7 +117,10 @@ class Queue:
             "model_kwargs": {"attention_mask": mask},
             "prompts": [own and of_rows(own, places) for own in self.call.prompts],
         }
-        return Group(**common, requests=requests, longest=self._longest, like=self.call.cache, rule=self._rule)
+        widest = [own.length if own else 0 for own in self.call.prompts]
+        return Group(
+            **common, requests=requests, longest=self._longest, widest=widest, like=self.call.cache, rule=self._rule
+        )
 
     def drawn_by(self, rule: Greedy) -> None:
         """Notes the rule, with which the next group goes on."""
@@ -127,10 +135,12 @@ class Queue:
 
 
 def of_rows(own: Prompt, places: Sequence[int]) -> Prompt:
-    """Of a member's own prompts those in these places, where it has one for each."""
-    if len(own.input_ids) == 1:
-        return own
-    return replace(own, input_ids=own.input_ids[list(places)], attention_mask=own.attention_mask[list(places)])
+    """Of a member's own prompts those in these places, where it has one for each; without padding that all have."""
+    ids, mask = own.input_ids, own.attention_mask
+    if len(ids) > 1:
+        ids, mask = ids[list(places)], mask[list(places)]
+    padding = int(mask.any(0).int().argmax())
+    return Prompt(ids[:, padding:], mask[:, padding:])
 
 
 class Filler:
@@ -218,7 +228,7 @@ def _batch(queue: Queue) -> Iterator[tuple[Request, list[int]]]:
     queue.drawn_by(candidates_of.context.drawing)
     queue.stats.shared = readers.shared(roles) or queue.stats.shared
     queue.stats.prompt_tokens_saved += readers.prompt_tokens_saved
-    rows = Rows(candidates_of.text, group.requests, group.ranks)
+    rows = Rows(candidates_of.text, group.requests, group.ranks, group.union and group.union.maps[0])
     filler = Filler(queue, rows, candidates_of, roles.order)
     before, start = copy.copy(queue.stats), time.perf_counter()
     try:

@@ -9,9 +9,11 @@ from transformers import StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from ..ensemble.processing import POSITION_FREE, PositionwiseProcessor
+from ..ensemble.union import Map
 from ..members.ranks import Ranks
 from .call import Call
 from .text import Text
+from .writing import Writer
 
 
 # What ends texts by tokens and lengths alone, which `Text` knows.
@@ -97,11 +99,13 @@ class Rows:
     Args:
         text (`Text`), requests (`list[Request]`, B): Those that the rows begin with.
         ranks (`Ranks`): The processes that decode together.
+        way (`Map`, *optional*): How the main model writes the tokens of a union, which criteria see.
     """
 
-    def __init__(self, text: Text, requests: list[Request], ranks: Ranks):
-        self.text, self.ranks = text, ranks
+    def __init__(self, text: Text, requests: list[Request], ranks: Ranks, way: Map | None = None):
+        self.text, self.ranks, self.way = text, ranks, way
         self.requests: list[Request | None] = list(requests)
+        self._writers = [self._writer(request) for request in requests]
         self._asked = np.zeros(text.batch, int)  # new tokens after which the criteria were asked
         self._stopped = np.zeros(text.batch, bool)  # by them
 
@@ -124,7 +128,7 @@ class Rows:
             criteria, final = self.requests[row].criteria, int(self.text.final[row])
             while criteria and self._asked[row] < final and not self._stopped[row]:
                 self._asked[row] += 1
-                done = criteria(self.text.prefix(row, self._asked[row]), None)
+                done = self._ask(row, criteria, self.text.prefix(row, self._asked[row]))
                 self._stopped[row] = bool(self.ranks.agree(done).any())
 
     def take_finished(self) -> Iterator[tuple[Request, list[int]]]:
@@ -136,10 +140,23 @@ class Rows:
 
     def begin(self, row: int, request: Request) -> None:
         """A row is given a request."""
-        self.requests[row] = request
+        self.requests[row], self._writers[row] = request, self._writer(request)
         self._asked[row], self._stopped[row] = 0, False
 
     def keep_rows(self, rows: np.ndarray) -> None:
         """Goes on with these rows alone."""
-        self.requests = [self.requests[row] for row in rows.tolist()]
+        self.requests, self._writers = ([each[row] for row in rows.tolist()] for each in (self.requests, self._writers))
         self._asked, self._stopped = self._asked[rows], self._stopped[rows]
+
+    def _writer(self, request: Request) -> Writer | None:
+        if self.way is None:
+            return None
+        return Writer(self.way, self.text.ids.new_tensor([request.prompt]), request.process.pad_token_id)
+
+    def _ask(self, row: int, criteria: StoppingCriteriaList, tokens: torch.Tensor) -> torch.Tensor:
+        """Whether a row's text `[1, T]`, whose last token is new, has ended."""
+        writer = self._writers[row]
+        if writer is None:
+            return criteria(tokens, None)
+        writer.put(tokens[:, -1], [True])
+        return writer.asked(criteria, tokens, None)

@@ -52,7 +52,17 @@ class TranslatedMember(Member):
     def visible(self):
         return self.inner.visible
 
+    @property
+    def can_refill(self):
+        return self.inner.can_refill
+
+    @property
+    def can_keep_rows(self):
+        return self.inner.can_keep_rows
+
     def score(self, new, end, width=0, skip=0):
+        if end.max() < 0:  # a part of the prompt, which is in its own tokens
+            return self.inner.score(self._own, end)
         seen = self.seen
         first = np.maximum(seen + 1, 0) + skip  # [B]: the tokens of U that logits are wanted for, from here to `end`
         wanted = int((end - np.maximum(seen, -1)).max()) - skip
@@ -74,6 +84,20 @@ class TranslatedMember(Member):
             del ends[n + 1 :]
         self.settled = settled
         self.inner.forget(self._own_counts(length), self._own_counts(settled))
+
+    def prefill(self, prompt, mask, part=0):
+        return TranslatedMember(self.inner.prefill(prompt, mask), self.way)
+
+    def refill(self, row, reader, part=0):
+        self.inner.refill(row, reader.inner)
+        self._ends[row] = [0]
+        self.settled = np.where(np.arange(len(self.prompt)) == row, 0, self.settled)
+
+    def reorder(self, rows):
+        self.inner.reorder(rows)
+        self.prompt, self.prompt_visible = self.inner.prompt, self.inner.prompt_visible
+        self._own, self._ends = self._own[rows], [list(self._ends[row]) for row in rows.tolist()]
+        self.settled = self.settled[rows.numpy()]
 
     def release(self, length, copied=True):
         return self.inner.release(int(self._own_counts(np.minimum(self.seen, length)).min()), copied)

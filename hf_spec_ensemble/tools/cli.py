@@ -73,9 +73,8 @@ def _one(args: argparse.Namespace, prompt: str) -> None:
     streamer = TraceStreamer if args.show else TextStreamer
     streamer = streamer(ensemble.tokenizer, skip_prompt=True, skip_special_tokens=True)
     set_seed(args.seed)
-    out = ensemble.generate(
-        **_encoded(ensemble, prompt), **_settings(args, ensemble), return_dict_in_generate=True, streamer=streamer
-    )
+    inputs = ensemble.encode(_asked(ensemble, prompt))
+    out = ensemble.generate(**inputs, **_settings(args, ensemble), return_dict_in_generate=True, streamer=streamer)
     if args.stats:
         print(f"\n{out.stats}", file=sys.stderr)
     if args.trace:
@@ -114,8 +113,6 @@ def _many(args: argparse.Namespace, prompts: list[str]) -> None:
 
 def _apart(args: argparse.Namespace, ensemble: Ensemble) -> str | None:
     """Why prompts cannot share a batch, if so."""
-    if ensemble.assistant_tokenizers is not None:
-        return "the members' tokenizers differ"
     if ensemble.model.config.is_encoder_decoder:
         return "the members are encoder-decoder models"
     if args.do_sample and ensemble.config.coupling == "maximal":
@@ -128,11 +125,13 @@ def _together(
 ) -> Iterator[Result]:  # fmt: skip
     """The results of the prompts with these numbers, as they are done."""
     set_seed(args.seed)
+    inputs = ensemble.encode([_asked(ensemble, prompts[number]) for number in numbers])
     texts = generate_as_completed(
         ensemble.model,
-        [_encoded(ensemble, prompts[number])["input_ids"][0] for number in numbers],
-        ensemble.assistant_models,
+        [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])],
+        inputs.get("assistant_model", ensemble.assistant_models),
         ensemble.config,
+        assistant_tokenizer=ensemble.assistant_tokenizers,
         batch_size=args.batch_size,
         drafter=ensemble.drafter,
         numbers=numbers,
@@ -151,7 +150,7 @@ def _in_turn(
 ) -> Iterator[Result]:  # fmt: skip
     """As `_together`, by a `generate()` call for each."""
     for number in numbers:
-        inputs = _encoded(ensemble, prompts[number])
+        inputs = ensemble.encode(_asked(ensemble, prompts[number]))
         set_seed(args.seed + number)
         out = ensemble.generate(**inputs, **_settings(args, ensemble), return_dict_in_generate=True)
         start = 0 if ensemble.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -160,9 +159,9 @@ def _in_turn(
         yield {"number": number, "prompt": prompts[number], "text": text, **stats}
 
 
-def _encoded(ensemble: Ensemble, prompt: str) -> dict[str, Any]:
-    chat = ensemble.tokenizer.chat_template is not None
-    return ensemble.encode([{"role": "user", "content": prompt}] if chat else prompt)
+def _asked(ensemble: Ensemble, prompt: str) -> str | list[dict]:
+    """A prompt as a chat, if the main model has a template for one."""
+    return [{"role": "user", "content": prompt}] if ensemble.tokenizer.chat_template is not None else prompt
 
 
 def _settings(args: argparse.Namespace, ensemble: Ensemble) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class SpecEnsembleLM(HFLM):
 
     def _can_share(self, context: str, settings: dict[str, Any]) -> bool:
         """Whether a text is the same when its row is refilled, and ends where `HFLM` ends it."""
-        if self.union is not None or self.backend != "causal" or self.think_end_token is not None or not context:
+        if self.backend != "causal" or self.think_end_token is not None or not context:
             return False
         settings, stops = self._settings(settings)
         config = self.ensemble.config
@@ -204,6 +204,7 @@ class SpecEnsembleLM(HFLM):
             stopping_criteria=[StopStringCriteria(self.tokenizer, stops)],  # made once: it reads all tokens' texts
             pad_token_id=self.tokenizer.pad_token_id,
             use_cache=True,
+            **self._tokenizers_given(),
             **length,
             **settings,
         )
@@ -215,11 +216,16 @@ class SpecEnsembleLM(HFLM):
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs) -> torch.Tensor:
         ours = dict(assistant_model=self.members[1:], ensemble_config=self.ensemble.config)
-        if self.union is not None:
-            ours |= dict(tokenizer=self.tokenizers[0], assistant_tokenizer=self.tokenizers[1:])
+        ours |= self._tokenizers_given()
         return super()._model_generate(
             context, max_length, stop, drafter=self.ensemble.drafter, **ours, **generation_kwargs
         )
+
+    def _tokenizers_given(self) -> dict[str, Any]:
+        """Arguments of `generate()` for members whose tokenizers differ."""
+        if self.union is None:
+            return {}
+        return dict(tokenizer=self.tokenizers[0], assistant_tokenizer=self.tokenizers[1:])
 
     def get_model_info(self) -> dict[str, Any]:
         """The model's entry in the harness's results."""
