@@ -104,6 +104,16 @@ def family(order=(0, 1, 2)) -> tuple[list, list]:
     return [_family()[i] for i in order], [tokenizers()[i] for i in order]
 
 
+def saved(order, folder) -> list[str]:
+    """Folders in this one, each with a model and its tokenizer, in this order."""
+    names = []
+    for i, (model, tokenizer) in enumerate(zip(*family(order))):
+        names.append(str(folder / f"member{i}"))
+        model.save_pretrained(names[-1])
+        tokenizer.save_pretrained(names[-1])
+    return names
+
+
 # --- The definition -----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mixed import family
+from mixed import family, saved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_spec_ensemble import EnsembleConfig
@@ -638,11 +638,7 @@ def test_rows_that_lack_a_field(tmp_path, capsys):
 
 
 def test_members_with_different_tokenizers(tmp_path, capsys):
-    names = []
-    for i, (model, tokenizer) in enumerate(zip(*family((2, 0)))):
-        names.append(str(tmp_path / f"member{i}"))
-        model.save_pretrained(names[-1])
-        tokenizer.save_pretrained(names[-1])
+    names = saved((2, 0), tmp_path)
     given = f"--members {' '.join(names)} --dtype float64 --compare members auto loop"
     main(arguments(tmp_path, more=given, count=2))
     made = {(line["variant"], line["group"]): line for line in runs_of(tmp_path)}
@@ -663,4 +659,4 @@ def test_members_with_different_tokenizers(tmp_path, capsys):
     assert "different tokenizers" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(arguments(tmp_path, more=f"--members {' '.join(names)} --compare static:auto"))
-    assert "have no static caches" in capsys.readouterr().err
+    assert "neither static caches nor refilled rows" in capsys.readouterr().err

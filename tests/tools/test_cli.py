@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+from mixed import TEXTS, saved
 
 import hf_spec_ensemble as se
 from hf_spec_ensemble.bench.__main__ import parser as bench_parser
@@ -82,6 +83,20 @@ def test_what_cannot_share_a_batch_is_decoded_one_by_one(capsys, tmp_path):
     assert "one at a time: with coupling maximal, samples depend" in capsys.readouterr().err
     first, second = results(out)
     assert (first["number"], second["number"]) == (0, 1) and "seconds" in first
+
+
+def test_members_of_different_families_share_a_batch(capsys, tmp_path):
+    names, out = saved((2, 0), tmp_path), tmp_path / "texts.jsonl"
+    asked = [*TEXTS, " the answer", "Ann"]
+    words = ["--members", *names, "--dtype", "float64", "--max-new-tokens", "8", "--batch-size", "2"]
+    cli.main(["generate", *asked, *words, "--out", str(out)])
+    assert "one at a time" not in capsys.readouterr().err
+    ensemble, texts = se.hub.Ensemble.load(names, se.EnsembleConfig(), dtype="float64"), {}
+    for number, prompt in enumerate(asked):
+        inputs = ensemble.encode(prompt)
+        ids = ensemble.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        texts[number] = ensemble.tokenizer.decode(ids, skip_special_tokens=True)
+    assert {each["number"]: each["text"] for each in results(out)} == texts
 
 
 def test_several_processes_have_a_share_each(capsys, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from mixed import TEXTS, saved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_spec_ensemble as se
@@ -175,6 +176,14 @@ def test_texts_are_those_of_the_harness_for_any_batch_size(models, tokenizer, mo
         **ids, assistant_model=models[1], ensemble_config=config, max_new_tokens=24, do_sample=False
     )  # fmt: skip
     assert inherited[5] == tokenizer.decode(out[0, ids["input_ids"].shape[1] :]).split(" the")[0]
+
+
+def test_texts_of_different_families_are_those_of_the_harness(tmp_path, monkeypatch):
+    lm = SpecEnsembleLM(members=saved((0, 2), tmp_path), dtype="float64", device="cpu", batch_size=2, max_length=64)
+    asked = generations([*TEXTS, "the answer to"], until=["e", " s"], max_gen_toks=8)
+    own = HFLM.generate_until(lm, asked, disable_tqdm=True)
+    monkeypatch.setattr(HFLM, "generate_until", lambda *_, **__: pytest.fail("they do not share a batch"))
+    assert lm.generate_until(asked, disable_tqdm=True) == own and any(own)
 
 
 def test_samples_of_the_same_context_are_its_places(models):
