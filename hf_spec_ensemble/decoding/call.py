@@ -97,6 +97,11 @@ class Call:
         return self.max_length - self.input_ids.shape[1]
 
     @property
+    def tokens_of_a_row(self) -> int:
+        """New tokens that a row may have, in all texts that it serves."""
+        return self.max_new_tokens
+
+    @property
     def running(self) -> Running:
         """How passes run."""
         return Running.of(self.generation_config, self.cache, self.max_length, self.input_ids.device)

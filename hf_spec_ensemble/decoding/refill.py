@@ -41,6 +41,7 @@ class Group(Call):
 
     Args:
         requests (`list[Request]`, B): The rows'.
+        left (`int`): Requests that are to be served, these included.
         longest (`tuple[int, int]`): Tokens of the longest prompt, and of the longest text behind one, of all requests.
         widest (`list[int]`): Tokens of the longest prompt that each of `models` has for its own, of all requests.
         like (`Cache`, *optional*): The kind of cache that is wanted. Each member makes its own.
@@ -48,6 +49,7 @@ class Group(Call):
     """
 
     requests: list[Request]
+    left: int
     longest: tuple[int, int]
     widest: list[int]
     like: Cache | None
@@ -60,6 +62,10 @@ class Group(Call):
     @property
     def max_new_tokens(self):
         return self.longest[1]
+
+    @property
+    def tokens_of_a_row(self):
+        return self.max_new_tokens * self.left // len(self.requests)
 
     @property
     def cache(self):
@@ -109,7 +115,8 @@ class Queue:
 
     def group(self) -> Group:
         """The next requests, as many as there are rows."""
-        requests = [self.waiting.popleft() for _ in range(min(self.batch_size, len(self.waiting)))]
+        left = len(self.waiting)
+        requests = [self.waiting.popleft() for _ in range(min(self.batch_size, left))]
         ids, mask = (x.to(self.call.input_ids.device) for x in left_padded([request.prompt for request in requests]))
         places = [request.place for request in requests]
         common = vars(self.call) | {
@@ -119,7 +126,13 @@ class Queue:
         }
         widest = [own.length if own else 0 for own in self.call.prompts]
         return Group(
-            **common, requests=requests, longest=self._longest, widest=widest, like=self.call.cache, rule=self._rule
+            **common,
+            requests=requests,
+            left=left,
+            longest=self._longest,
+            widest=widest,
+            like=self.call.cache,
+            rule=self._rule,
         )
 
     def drawn_by(self, rule: Greedy) -> None:

@@ -157,7 +157,7 @@ def _seconds(
 
     ones = tuple(int(may) for may in may_propose) if lengths is None else lengths
     prompts = sum(_prompt_cost(one, batch) or dearest for one in readers.all[: seats.members])
-    return prompts + call.max_new_tokens * seconds_per_token(
+    return prompts + call.tokens_of_a_row * seconds_per_token(
         Turns(ones, seats.first, seats.members, at_once),
         may_propose if lengths is None else None,
         [0.0] * len(seats.order) if learned is None else [one.mean for one in learned(readers)],
