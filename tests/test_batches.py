@@ -1,5 +1,6 @@
 """`generate_batch`: a prompt's text is that of a call of its own, whatever shares the batch."""
 
+import copy
 import functools
 import random
 
@@ -10,7 +11,7 @@ import torch
 from covering import pairwise
 from families import VOCAB, members, tiny, tokenizer
 from mixed import TEXTS
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, LlamaForCausalLM, StoppingCriteria
 
 import hf_spec_ensemble as se
 from hf_spec_ensemble.decoding import refill
@@ -160,6 +161,7 @@ def test_members_that_share_weights_are_rows_of_one_pass(
 
 FAMILIES = {
     "order": [(0, 2), (2, 0), (2, 1, 0)],
+    "method": ["weighted", "product"],
     "batch_size": [1, 2, 3],
     "rule": ["greedy", "gumbel", "ancestral"],
     "lengths": ["auto", 2, None],
@@ -168,20 +170,25 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(tuple(FAMILIES), pairwise(FAMILIES))
-def test_members_with_different_tokenizers(order, batch_size, rule, lengths, drafter, asked, monkeypatch):
+def _may_meet(case: dict) -> bool:
+    return (case.get("method"), case.get("rule")) != ("product", "ancestral")
+
+
+@pytest.mark.parametrize(tuple(FAMILIES), pairwise(FAMILIES, _may_meet))
+def test_members_with_different_tokenizers(order, method, batch_size, rule, lengths, drafter, asked, monkeypatch):
     """Each text is that of a call of its own or, sampled, of a row of one call."""
     monkeypatch.setattr(refill, "PREFILL", 3)
     models, tokenizers = mixed.family(order)
     texts, pad = [*TEXTS, "Ann", " the answer to", "🙂"], tokenizers[0].pad_token_id
     inputs = [tokenizers[0](text)["input_ids"] for text in texts]
     engine = dict(speculative=False) if lengths is None else dict(num_assistant_tokens=lengths)
-    config = se.EnsembleConfig(weights=WEIGHTS[len(order)], coupling="gumbel" if rule == "greedy" else rule, **engine)
+    engine |= dict(weights=WEIGHTS[len(order)], coupling="gumbel" if rule == "greedy" else rule)
+    config = se.EnsembleConfig(method, **engine)
     drafter = {"suffixes": se.Suffixes(), "model": models[0]}.get(drafter, drafter) if lengths is not None else None
     settings = dict(max_new_tokens=8, do_sample=rule != "greedy", pad_token_id=pad, drafter=drafter)
     settings |= dict(tokenizer=tokenizers[0], assistant_tokenizer=tokenizers[1:], ensemble_config=config)
     settings |= {
-        "stop strings": dict(stop_strings=["e", "t", " s"]),
+        "stop strings": dict(stop_strings=["🙂", " q"]),
         "processors": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
     }.get(asked, {})
     own = [tokenizers[1](text)["input_ids"][-3:] for text in texts]
@@ -202,10 +209,31 @@ def test_members_with_different_tokenizers(order, batch_size, rule, lengths, dra
 
     torch.manual_seed(5)
     results = se.generate_batch(models[0], inputs, batch_size=batch_size, progress_bar=False, **settings)
+    assert method == "product" or len({len(result.generated_tokens) for result in results.values()}) > 1
     for number, result in enumerate(results.values()):
         expected = text(number)
         assert result.generated_tokens == expected[: len(result.generated_tokens)]
         assert set(expected[len(result.generated_tokens) :]) <= {pad}
+
+
+def test_a_prompt_that_comes_later_may_be_too_long():
+    """For rotary embeddings that change: also as another member's tokens, or as a prompt of its own."""
+    models, tokenizers = mixed.family((2, 0))
+    inputs = [tokenizers[0](text)["input_ids"] for text in ("Ann", "Tom", TEXTS[0])]
+    config = copy.deepcopy(models[1].config)
+    config.rope_parameters = dict(rope_type="dynamic", factor=4.0, rope_theta=1e4)
+    config.max_position_embeddings = len(tokenizers[1](TEXTS[0])["input_ids"]) + 4
+    dynamic = LlamaForCausalLM(config).double().eval()
+    given = dict(max_new_tokens=5, batch_size=2, progress_bar=False)
+    both = dict(tokenizer=tokenizers[0], assistant_tokenizer=tokenizers[1])
+    with pytest.raises(ValueError, match="dynamic.*change when a text gets longer"):
+        se.generate_batch(models[0], inputs, assistant_model=dynamic, **both, **given)
+    long = [[5] * config.max_position_embeddings if number == 2 else [5, 6] for number in range(3)]
+    with pytest.raises(ValueError, match="dynamic.*change when a text gets longer"):
+        se.generate_batch(models[1], long, assistant_model=dynamic, **given)
+    view = se.with_prompt(dynamic, *left_padded(long))
+    with pytest.raises(ValueError, match="dynamic.*change when a text gets longer"):
+        se.generate_batch(models[1], [[5], [6], [7]], assistant_model=view, **given)
 
 
 @pytest.mark.parametrize("alike", [True, False], ids=["a common beginning", "prompts of unequal length"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +63,18 @@ def differ(models: Sequence[PreTrainedModel], tokenizers: Sequence[PreTrainedTok
     if max(sizes) - min(sizes) > PADDING_SHARE * max(sizes):
         return True
     main, *others = tokenizers
-    return any(other is not main and differences(kept_tokens(main), kept_tokens(other), min(sizes)) for other in others)
+    return any(other is not main and _tokens_differ(main, other, min(sizes)) for other in others)
+
+
+_found: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> other -> what was compared, and the result
+
+
+def _tokens_differ(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, size: int) -> bool:
+    """Whether ids below `size` stand for different tokens; found out once."""
+    kept, compared = _found.setdefault(one, WeakKeyDictionary()), (len(one), len(other), size)
+    if other not in kept or kept[other][0] != compared:
+        kept[other] = compared, bool(differences(kept_tokens(one), kept_tokens(other), size))
+    return kept[other][1]
 
 
 def union_for(

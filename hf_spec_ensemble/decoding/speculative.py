@@ -215,15 +215,17 @@ def _members(call: Call, roles: Roles, reads_ahead: bool = True) -> list[Member]
         running.runner(model, len(ids), given_cache(kwargs), call.longest_of(i))
         for i, (model, (ids, kwargs)) in enumerate(zip(models, prepared))
     ]
-    readers = [
-        member_of(models[i], kwargs, ids, runners[i])
-        for i, (ids, kwargs) in ((i, prepared[i]) for i in roles.order if i < len(models))
-    ]
+    places = [i for i in roles.order if i < len(models)]
+    readers = [member_of(models[i], kwargs, ids, runners[i]) for i, (ids, kwargs) in ((i, prepared[i]) for i in places)]
     for reader in readers if call.config.speculative else ():
         _check_roll_back(reader)
-    ways = None if call.union is None else [call.union.maps[i] for i in roles.order if i < len(models)]
+    ways = None if call.union is None else [call.union.maps[i] for i in places]
     if call.config.check_members:
-        most = call.max_new_tokens if ways is None else [call.max_new_tokens * way.most for way in ways]
+        each = [1] * len(places) if ways is None else [way.most for way in ways]  # own tokens of one that is new
+        most = [
+            call.longest_of(i) - reader.prompt_length + call.max_new_tokens * (n - 1)
+            for i, reader, n in zip(places, readers, each)
+        ]
         check_reading(readers, speculative=reads_ahead, ranks=call.ranks, new_tokens=most)
     return readers if ways is None else [_translated(reader, way) for reader, way in zip(readers, ways)]
 
@@ -234,7 +236,7 @@ def _translated(member: Member, way: Map) -> Member:
     if member.in_step and len(member.prompt) > 1:
         raise ValueError(
             f"A {type(member.model).__name__} wants all rows of a batch to be equally long, which they are not for "
-            "members with different tokenizers: give one prompt at a time."
+            "members with different tokenizers: give one prompt at a time (`batch_size=1` in `generate_batch`)."
         )
     return TranslatedMember(member, way)
 

@@ -128,7 +128,7 @@ def _together(
     inputs = ensemble.encode([_asked(ensemble, prompts[number]) for number in numbers])
     texts = generate_as_completed(
         ensemble.model,
-        [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])],
+        [ids[mask.bool()].tolist() for ids, mask in zip(inputs.pop("input_ids"), inputs.pop("attention_mask"))],
         inputs.get("assistant_model", ensemble.assistant_models),
         ensemble.config,
         assistant_tokenizer=ensemble.assistant_tokenizers,
