@@ -9,9 +9,9 @@ turns. Each chunk is one call of `generate_batch`, or a call of `generate()` for
 appended to the file; the same command goes on where it was interrupted. All ways decode one batch before, not measured.
 
 Printed are the time in all, tokens per second, the speed over the same method in waiting batches, texts equal to those
-of the first way, forward passes per token, and the shares of time outside passes and in passes that read prompts.
-Lengths alone bound what refilling brings: the steps that rows take in waiting batches for each token,
-`B * sum(longest of each batch) / sum(lengths)`, stand beside the task's name.
+of the first way, forward passes per token, and the shares of time outside passes and in wide passes, over more than 20
+tokens a row: those over prompts, and over long drafts. Lengths alone bound what refilling brings: the steps that rows take in waiting
+batches for each token, `B * sum(longest of each batch) / sum(lengths)`, stand beside the task's name.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from hf_spec_ensemble.ensemble.padded import left_padded
 
 WAYS = ("standard waiting", "standard refilled", "speculative waiting", "speculative refilled")
 WARM_UP = 24  # new tokens
-LONGEST = 20  # tokens in a row of a pass that reads no prompt
+WIDE = 20  # tokens in a row of a pass; wider ones read prompts, or verify long drafts
 
 
 def arguments() -> argparse.Namespace:
@@ -107,7 +107,7 @@ class Ways:
             "seconds": time.perf_counter() - start,
             "passes": len(self._passes),
             "in_passes": sum(seconds for _, seconds in self._passes),
-            "in_prompts": sum(seconds for width, seconds in self._passes if width > LONGEST),
+            "in_wide": sum(seconds for width, seconds in self._passes if width > WIDE),
             "texts": texts,
         }
 
@@ -144,7 +144,9 @@ def read(file: Path) -> dict[tuple, dict]:
 
 def report(args: argparse.Namespace, records: dict[tuple, dict]) -> list[str]:
     """A table of the chunks that all ways have decoded."""
-    head = "| | seconds | tokens/s | speed over waiting | same text | passes per token | outside passes | prompts |"
+    head = (
+        "| | seconds | tokens/s | speed over waiting | same text | passes per token | outside passes | in wide passes |"
+    )
     lines = [head, "|---" * 8 + "|"]
     for task in args.tasks:
         chunks = sorted({at for name, _, at in records if name == task})
@@ -165,8 +167,8 @@ def report(args: argparse.Namespace, records: dict[tuple, dict]) -> list[str]:
             same = sum(a == b for a, b in zip(texts, first))
             speed = f"{waiting / total[way]:.2f}x" if waiting else ""
             cells = [way, f"{total[way]:.0f}", f"{tokens / total[way]:.1f}", speed, f"{same} of {len(first)}"]
-            inside, read = (sum(one[name] for one in of_way[way]) / total[way] for name in ("in_passes", "in_prompts"))
-            cells += [f"{passes / tokens:.2f}", f"{1 - inside:.0%}", f"{read:.0%}"]
+            inside, wide = (sum(one[name] for one in of_way[way]) / total[way] for name in ("in_passes", "in_wide"))
+            cells += [f"{passes / tokens:.2f}", f"{1 - inside:.0%}", f"{wide:.0%}"]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
