@@ -10,8 +10,8 @@ appended to the file; the same command goes on where it was interrupted. All way
 
 Printed are the time in all, tokens per second, the speed over the same method in waiting batches, texts equal to those
 of the first way, forward passes per token, and the shares of time outside passes and in wide passes, over more than 20
-tokens a row: those over prompts, and over long drafts. Lengths alone bound what refilling brings: the steps that rows take in waiting
-batches for each token, `B * sum(longest of each batch) / sum(lengths)`, stand beside the task's name.
+tokens a row: those over prompts, and over long drafts. Lengths alone bound what refilling brings: the steps that rows
+take in waiting batches for each token, `B * sum(longest of each batch) / sum(lengths)`, stand beside the task's name.
 """
 
 import argparse
@@ -144,9 +144,7 @@ def read(file: Path) -> dict[tuple, dict]:
 
 def report(args: argparse.Namespace, records: dict[tuple, dict]) -> list[str]:
     """A table of the chunks that all ways have decoded."""
-    head = (
-        "| | seconds | tokens/s | speed over waiting | same text | passes per token | outside passes | in wide passes |"
-    )
+    head = "| | seconds | tokens/s | speed over waiting | same text | passes per token | outside passes | wide passes |"
     lines = [head, "|---" * 8 + "|"]
     for task in args.tasks:
         chunks = sorted({at for name, _, at in records if name == task})
