@@ -9,6 +9,9 @@ from .theory import LENGTHS, Cost, Prediction, best_turns
 from .turns import Turns
 
 
+SIMULATED = 2048  # tokens of each schedule: the best of many that were simulated for few would be a lucky one
+
+
 def limit(
     acceptance: Sequence[float],
     cost: Cost,
@@ -62,7 +65,7 @@ def limit(
     standard = Turns((0,) * len(acceptance), 0, rule.members, at_once)
     if len(lengths) > 1 or isinstance(rule, EnoughSettle):
         options = [
-            mean_of_runs(turns, acceptance, cost, lengths, rule, drafted)
+            mean_of_runs(turns, acceptance, cost, lengths, rule, drafted, SIMULATED)
             for turns in _candidates(standard, acceptance, cost, may_propose)
         ]
         return min([*options, _in_step(standard, cost)], key=_seconds)

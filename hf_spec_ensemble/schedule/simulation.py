@@ -167,8 +167,8 @@ def mean_of_runs(
     cost: Cost,
     lengths: Sequence[int],
     rule: AllSettle | OwnerSettles | EnoughSettle,
-    coverage: float = 1.0,
-    tokens: int = 512,
+    coverage: float,
+    tokens: int,
 ) -> Prediction:
     """
     As `simulate`, with less chance: the mean of as many runs as make about so many `tokens` in all rows, one at least.

@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 
-from hf_spec_ensemble.schedule.limit import limit
+from hf_spec_ensemble.schedule.limit import SIMULATED, limit
 from hf_spec_ensemble.schedule.mixture import predict_mixture
-from hf_spec_ensemble.schedule.simulation import AllSettle, EnoughSettle, OwnerSettles, simulate
+from hf_spec_ensemble.schedule.simulation import AllSettle, EnoughSettle, OwnerSettles, mean_of_runs
 from hf_spec_ensemble.schedule.theory import predict
 from hf_spec_ensemble.schedule.turns import Turns
 
@@ -63,7 +63,7 @@ def test_rows_of_a_batch_wait_for_each_other():
     one = limit([0.6, 0.6], cost, rule, [True, True])
     batch = limit([0.6, 0.6], cost, rule, [True, True], lengths=[40] * 8)
     assert 1 <= batch.speedup < one.speedup
-    fixed = simulate(Turns((1, 1), 0, 2), [0.6, 0.6], cost, [40] * 8, rule)
+    fixed = mean_of_runs(Turns((1, 1), 0, 2), [0.6, 0.6], cost, [40] * 8, rule, 1.0, SIMULATED)
     assert batch.seconds_per_token <= fixed.seconds_per_token
     assert limit([0.0, 0.0], cost, rule, [True, True], lengths=[40] * 8).speedup == pytest.approx(1)
     drawn = limit([0.0, 0.0], lambda author, width: 1.0, owners, [True, True], lengths=[40] * 8)
