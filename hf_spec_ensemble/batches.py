@@ -166,7 +166,7 @@ def generate_as_completed(
     drafter = _drafter(kwargs.pop("drafter", AUTO), config)
     tokenizers = tokenizer_list(kwargs.get("tokenizer"), kwargs.get("assistant_tokenizer"), len(assistants))
     check_members([model, *assistants], config, drafter, tokenizers)
-    _check_prompts(prompts, [model])
+    _check_prompts(prompts, model)
     arguments = kwargs | dict(assistant_model=assistants, drafter=drafter, generation_config=generation_config)
     calls = [_call(model, number, prompt, config, arguments) for number, prompt in zip(numbers, prompts)]
     if not calls:
@@ -176,8 +176,8 @@ def generate_as_completed(
         config=replace(calls[0].config, speculative=config.speculative),
         prompts=[_merged([call.prompts[place] for call in calls]) for place in range(len(calls[0].prompts))],
     )
-    if first.union is None:
-        _check_prompts(prompts, [model, *assistants])
+    for prompt in prompts if first.union is None else ():
+        check_prompt(torch.tensor(prompt), [model, *map(model_of, assistants)])
     _check_call(first, len(prompts))
     first.ranks.share_random_state(first.input_ids.device)
     requests = [Request.of(number, place, call) for place, (number, call) in enumerate(zip(numbers, calls))]
@@ -281,10 +281,9 @@ def _drafter(drafter: Any, config: EnsembleConfig) -> Any:
     return drafter
 
 
-def _check_prompts(prompts: list[list[int]], members: Sequence[PreTrainedModel]) -> None:
-    """Raises for tokens that the main model, or some member, does not know."""
-    models = [model_of(member) for member in members]
-    size = models[0].config.get_text_config().vocab_size
+def _check_prompts(prompts: list[list[int]], model: PreTrainedModel) -> None:
+    """Raises for tokens that the main model does not know."""
+    size = model.config.get_text_config().vocab_size
     for number, prompt in enumerate(prompts):
         unknown = [token for token in prompt if not 0 <= token < size]
         if unknown:
@@ -292,7 +291,6 @@ def _check_prompts(prompts: list[list[int]], members: Sequence[PreTrainedModel])
                 f"Prompt {number} holds token {unknown[0]}, but the main model's vocabulary has {size} tokens: use its "
                 "own tokenizer."
             )
-        check_prompt(torch.tensor(prompt), models)
 
 
 def _check_call(call: Call, prompts: int) -> None:
