@@ -1,5 +1,6 @@
 import gc
 
+import on_device
 import peft
 import pytest
 import torch
@@ -30,3 +31,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def _every_test_is_warned_anew():
     warn_once.cache_clear()
+
+
+if on_device.DEVICE is not None:
+    on_device.move()

@@ -14,7 +14,7 @@ from .adapters import identity
 
 PROBED = (1, 2, 4, 8)  # numbers of tokens per row whose passes are measured on purpose
 SAMPLES = 9  # measurements kept for each
-ENOUGH = 2  # measurements before an estimate is used
+ENOUGH = 2  # measurements of a width before they are believed
 STALE = 256  # passes after which a probed width is measured again
 WORTH_PADDING = 0.95  # a longer pass must cost less than this share of the shorter one to be run instead
 
@@ -65,14 +65,23 @@ class PassCosts:
             return None
         width = next((padded for padded in self._widths if padded >= width), width)
         if width in known:
-            samples = sorted(self._samples[batch, width])
-            return samples[len(samples) // 4]
+            return self._typical(batch, width)
         if width < known[0] or len(known) == 1:
             return self.measured(batch, known[0])
         below, above = next((pair for pair in pairwise(known) if width < pair[1]), known[-2:])
         low, high = self.measured(batch, below), self.measured(batch, above)
         slope = (high - low) / (above - below)
         return low + (width - below) * slope if width < above else high + (width - above) * max(slope, 0.0)
+
+    def _typical(self, batch: int, width: int) -> float:
+        """
+        The lower quartile. The first pass of a shape may load code or allocate memory, on a GPU for ten times as long
+        as the pass itself takes: a single measurement counts for no more than in proportion to a narrower width.
+        """
+        samples = sorted(self._samples[batch, width])
+        if len(samples) < ENOUGH and (narrower := [w for w in range(1, width) if self.is_known(batch, w)]):
+            return min(samples[0], self._typical(batch, narrower[-1]) * width / narrower[-1])
+        return samples[len(samples) // 4]
 
     def seconds(self, batch: int, width: int) -> float | None:
         """c(w), padded where that is cheaper; `None` if nothing is known."""

@@ -4,12 +4,14 @@ import copy
 import gc
 import weakref
 
+import pytest
 import torch
-from families import prompts, tiny
+from families import members, prompts, tiny
 
 from hf_spec_ensemble import EnsembleConfig
 from hf_spec_ensemble.members import costs
-from hf_spec_ensemble.members.costs import remembered
+from hf_spec_ensemble.members.costs import PassCosts, remembered
+from hf_spec_ensemble.members.stopwatch import Stopwatch
 from hf_spec_ensemble.schedule.acceptance import Acceptance
 
 
@@ -67,3 +69,45 @@ def test_calls_keep_no_assistant_alive():
         gc.collect()
         assert gone() is None
         assert len(costs._memory.longer[main].longer) == 0
+
+
+# --- The first pass of a shape ------------------------------------------------------------------------------------
+
+
+def test_one_measurement_counts_for_no_more_than_in_proportion():
+    known = PassCosts()
+    known.add(1, 2, 9.0)
+    assert known.measured(1, 2) == 9.0, "nothing else is known"
+    for _ in range(2):
+        known.add(1, 1, 1.0)
+    assert known.measured(1, 2) == 2.0
+    known.add(1, 2, 1.25)
+    assert known.measured(1, 2) == 1.25 and known.measured(1, 3) == 1.5
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_first_pass_of_a_shape_may_take_long(do_sample, monkeypatch):
+    """As on a GPU, where it loads kernels: speculation does not pause for it."""
+
+    def told(first: float) -> list[list[int]]:
+        seen, models = set(), copy.deepcopy(members("llama", 2, likeness=0.98))
+
+        def lap(stopwatch, width, _):
+            seconds = (1.0 if width == 1 else 1.2) + (first if width not in seen else 0.0)
+            seen.add(width)
+            stopwatch._seconds += seconds
+            stopwatch._laps.append((width, seconds))
+
+        monkeypatch.setattr(Stopwatch, "_lap", lap)
+        passes = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            out = models[0].generate(
+                **prompts(1), assistant_model=models[1], ensemble_config=EnsembleConfig(coupling="gumbel"),
+                drafter=None, max_new_tokens=60, eos_token_id=None, do_sample=do_sample, return_dict_in_generate=True,
+            )  # fmt: skip
+            passes.append(out.stats.forward_passes)
+        return passes
+
+    slow, normal = (sum(map(sum, told(first))) for first in (15.0, 0.0))
+    assert slow < 1.05 * normal
