@@ -9,14 +9,13 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from transformers import PreTrainedModel
 
-from hf_spec_ensemble.members import rows
 
-
-DEVICE = os.environ.get("HF_SPEC_ENSEMBLE_TEST_DEVICE")
+DEVICE = os.environ.get("HF_SPEC_ENSEMBLE_TEST_DEVICE", "cpu")
 TESTS = str(Path(__file__).parent)
 
 
@@ -25,13 +24,16 @@ class TensorsOfTests(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         made = function(*args, **kwargs or {})
-        if function in _device_constructors() and sys._getframe(1).f_code.co_filename.startswith(TESTS):
+        asked = (kwargs or {}).get("device") is not None
+        if not asked and function in _device_constructors() and sys._getframe(1).f_code.co_filename.startswith(TESTS):
             return made.to(DEVICE)
         return made
 
 
 def move() -> None:
     """From now on, in this process."""
+    from hf_spec_ensemble.members import rows  # not before the tests' own imports
+
     finish = PreTrainedModel.post_init
 
     def post_init(model):
@@ -40,5 +42,5 @@ def move() -> None:
             model.to(DEVICE)
 
     PreTrainedModel.post_init = post_init
-    rows.WORTH_A_PASS[DEVICE] = rows.WORTH_A_PASS["cpu"]  # tests count passes
+    rows.WORTH_A_PASS[torch.device(DEVICE).type] = rows.WORTH_A_PASS["cpu"]  # tests count passes
     TensorsOfTests().__enter__()

@@ -152,7 +152,7 @@ class Enough:
         return list(missing & (weight == weight.max(0)))
 
     def target(self, context, members, count, form):
-        r = _gathered(count, lambda row, j: self._sum(members, row, j)[0])
+        r = _gathered(count, lambda row, j: self._sum(members, row, j))
         context.distribution.note(r)
         return r
 
@@ -193,19 +193,24 @@ class Enough:
         if key not in known:
             if len(known) > KNOWN:
                 known.clear()
-            total, others = self._sum(members, row, j)
-            first, second = greatest_two(total)
-            # In float32, however precise these are: the others' may be less so
-            known[key] = first - second > others + ROUNDING * torch.finfo(torch.float32).eps
+            known[key] = self._leads(members, row, j)
             count, hits = self._counts.get(have, (0, 0))
             self._counts[have] = count + 1, hits + known[key]
         return known[key]
 
-    def _sum(self, members: Sequence[MemberScores], row: int, j: int) -> tuple[torch.Tensor, float]:
-        """The weighted sum `[V]` over the members that have scored a position, and the others' weight."""
+    def _leads(self, members: Sequence[MemberScores], row: int, j: int) -> bool:
+        """Whether the members that have not scored a position could not change its token."""
+        others = sum(weight for weight, one in zip(self.weights, members) if one.evidence.count(row) <= j)
+        if 2 * others >= sum(self.weights):
+            return False  # whatever the lead
+        first, second = greatest_two(self._sum(members, row, j))
+        # In float32, however precise these are: the others' may be less so
+        return first - second > others + ROUNDING * torch.finfo(torch.float32).eps
+
+    def _sum(self, members: Sequence[MemberScores], row: int, j: int) -> torch.Tensor:
+        """The weighted sum `[V]` over the members that have scored a position."""
         have = [i for i, one in enumerate(members) if one.evidence.count(row) > j]
-        total = mixture([members[i].evidence.at(row, j) for i in have], [self.weights[i] for i in have])
-        return total, sum(weight for i, weight in enumerate(self.weights) if i not in have)
+        return mixture([members[i].evidence.at(row, j) for i in have], [self.weights[i] for i in have])
 
 
 def _gathered(count: np.ndarray, vector) -> torch.Tensor:

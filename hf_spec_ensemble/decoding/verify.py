@@ -25,6 +25,8 @@ def matches_before_mismatch(match: torch.Tensor, proposed: np.ndarray) -> torch.
     Returns:
         `torch.LongTensor` `[B]`.
     """
+    if (proposed == proposed[0]).all():  # nothing to move to the device
+        return match[:, : proposed[0]].cumprod(dim=1).sum(dim=1)
     exists = torch.from_numpy(np.arange(match.shape[1]) < proposed[:, None])
     return (match & exists.to(match.device)).cumprod(dim=1).sum(dim=1)
 

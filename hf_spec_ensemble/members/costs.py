@@ -14,7 +14,8 @@ from .adapters import identity
 
 PROBED = (1, 2, 4, 8)  # numbers of tokens per row whose passes are measured on purpose
 SAMPLES = 9  # measurements kept for each
-ENOUGH = 2  # measurements of a width before they are believed
+ENOUGH = 2  # measurements of a width before it is known
+IMPLAUSIBLE = 1.25  # times what is in proportion to a narrower pass: a first pass that takes longer was disturbed
 STALE = 256  # passes after which a probed width is measured again
 WORTH_PADDING = 0.95  # a longer pass must cost less than this share of the shorter one to be run instead
 
@@ -75,12 +76,14 @@ class PassCosts:
 
     def _typical(self, batch: int, width: int) -> float:
         """
-        The lower quartile. The first pass of a shape may load code or allocate memory, on a GPU for ten times as long
-        as the pass itself takes: a single measurement counts for no more than in proportion to a narrower width.
+        Of the measurements of this width. The first pass of a shape may load code or allocate memory, on a GPU for much
+        longer than the pass itself takes. If it took too long to be a pass's time, it is not taken for one.
         """
         samples = sorted(self._samples[batch, width])
-        if len(samples) < ENOUGH and (narrower := [w for w in range(1, width) if self.is_known(batch, w)]):
-            return min(samples[0], self._typical(batch, narrower[-1]) * width / narrower[-1])
+        known = [w for b, w in list(self._samples) if b == batch and w < width and self.is_known(b, w)]
+        if len(samples) < ENOUGH and known:
+            narrower = self._typical(batch, max(known))
+            return samples[0] if samples[0] <= IMPLAUSIBLE * narrower * width / max(known) else narrower
         return samples[len(samples) // 4]
 
     def seconds(self, batch: int, width: int) -> float | None:
@@ -115,8 +118,8 @@ class PassCosts:
         return len(self._samples.get((batch, width), ())) >= ENOUGH
 
     def widest(self, batch: int) -> int:
-        """The widest passes that were measured; 0 if none were."""
-        return max((w for b, w in list(self._samples) if b == batch), default=0)
+        """The widest passes that `is_known`; 0 if none are."""
+        return max((w for b, w in list(self._samples) if b == batch and self.is_known(b, w)), default=0)
 
     def _fresh(self, batch: int, width: int) -> bool:
         return self.is_known(batch, width) and self._passes - self._measured_at[batch, width] <= STALE

@@ -193,10 +193,13 @@ class AutoMixture(Auto):
         return self._standard.hand_over(situation) if self.patient else self.turns.next(situation)
 
     def width(self, author, width) -> int:
-        return width if self._takes_measure() else self.costs[author].padded(self.batch, width)
+        costs = self.costs[author]
+        if self._takes_measure() or costs.to_probe(self.batch, width) == width:
+            return width
+        return costs.padded(self.batch, width)
 
     def _takes_measure(self) -> bool:
-        """In a batch; a single row's members soon read single tokens anyway."""
+        """In a batch; a single row's members soon read single tokens anyway, which are not padded then."""
         return self.batch > 1 and super()._takes_measure()
 
     def _knows_enough(self) -> bool:

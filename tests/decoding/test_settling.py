@@ -1,6 +1,7 @@
 """What settles a token: the owner of a position, or members whose lead the rest cannot change."""
 
 import copy
+import math
 
 import numpy as np
 import oracle
@@ -145,17 +146,18 @@ class TiedModel:
     @staticmethod
     def pair():
         models = [copy.deepcopy(tiny("llama", seed=i)) for i in range(2)]
-        for model, (favourite, other) in zip(models, ((30, 20), (20, 30))):
+        for model, favourite, share in zip(models, (30, 20), (2 / 3, 1.0)):
             model.lm_head.weight.data.zero_()
             model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), -1e4).double())
-            model.lm_head.bias.data[favourite] = 0.0
-            model.lm_head.bias.data[other] = -1e4
+            other = 50 - favourite
+            model.lm_head.bias.data[favourite] = math.log(share)
+            model.lm_head.bias.data[other] = math.log(1 - share) if share < 1 else -1e4
         return models
 
 
 def test_a_lead_that_the_rest_can_just_undo_settles_nothing(monkeypatch):
     """Token 30 has half of all weight, and token 20 the other half: the first of equals is 20."""
-    models, given = TiedModel.pair(), dict(weights=[0.5, 0.5], num_assistant_tokens=1)
+    models, given = TiedModel.pair(), dict(weights=[0.75, 0.25], num_assistant_tokens=1)
     one, two = both(models, prompts(1), given=given, do_sample=False, eos_token_id=None)
     assert set(two.sequences[0, 7:].tolist()) == {20}
     assert one.sequences.tolist() == two.sequences.tolist()
