@@ -11,11 +11,15 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import ModelOutput
 
 import hf_spec_ensemble as se
 from hf_spec_ensemble.bench.curves import measure_curves
@@ -27,7 +31,8 @@ SHAPES = {
     "1B": (2048, 8192, 16, 32, 8, 128256),  # Llama 3.2
     "8B": (4096, 14336, 32, 32, 8, 128256),  # Llama 3.1
 }
-PROFILED = 16  # tokens, the prompt's pass among them: profiles are slow
+PROFILED = (1, 17)  # new tokens of two calls, whose difference is counted: profiles are slow
+FIGURES = ("ms a token", "passes a token", "launches", "graphs", "copies", "waits", "ms in passes")  # for each token
 WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
 
 
@@ -64,7 +69,7 @@ def random_model(shape: str, dtype: str, device: str, seed: int = 0) -> LlamaFor
         torch.set_default_dtype(before)
 
 
-def passes(args: argparse.Namespace) -> list[dict]:
+def measure_passes(args: argparse.Namespace) -> list[dict]:
     rows = []
     print("| shape | batch | passes | " + " | ".join(f"{w} tokens" for w in args.widths) + " |")
     print("|" + "---|" * (3 + len(args.widths)))
@@ -89,74 +94,80 @@ def passes(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def launches(args: argparse.Namespace) -> list[dict]:
+def count_launches(args: argparse.Namespace) -> list[dict]:
     if args.members:
         dtype = getattr(torch, args.dtype)
-        models = [
-            AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(args.device).eval() for name in args.members
-        ]
+        loaded = [AutoModelForCausalLM.from_pretrained(name, dtype=dtype) for name in args.members]
+        models = [model.to(args.device).eval() for model in loaded]
     else:
         models = [random_model(args.shapes[0], args.dtype, args.device, seed) for seed in range(2)]
-    ids = torch.randint(3, 1000, (1, args.prompt)).to(args.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    longest = args.prompt + args.max_new_tokens
     ways = {"eager": {}}
     if args.compiled:
-        ways["compiled"] = dict(cache_implementation="static", max_cache_len=args.prompt + args.max_new_tokens)
-        se.warmup(models, args.prompt + args.max_new_tokens, widths=args.widths, progress=False)
+        ways["compiled"] = dict(cache_implementation="static", max_cache_len=longest)
+        se.warmup(models, longest, widths=args.widths, progress=False)
     rows = []
-    print("| passes | ensemble | ms a token | passes a token | launches | graphs | copies | waits | CPU ms outside |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for way, static in ways.items():
-        for temperature in (0, 1):
-            for name, speculative in (("standard", False), ("speculative", True)):
-                config = se.EnsembleConfig(speculative=speculative)
-                run = dict(
-                    **inputs, **static, assistant_model=models[1:], ensemble_config=config, eos_token_id=None,
-                    max_new_tokens=args.max_new_tokens, do_sample=temperature > 0, return_dict_in_generate=True,
-                )  # fmt: skip
-                for seed in range(2):
-                    torch.manual_seed(seed)
-                    models[0].generate(**run)
-                torch.manual_seed(5)
-                _synchronize(args.device)
-                start = time.perf_counter()
-                out = models[0].generate(**run)
-                _synchronize(args.device)
-                seconds = time.perf_counter() - start
-                torch.manual_seed(5)
-                with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=False) as profiled:
-                    models[0].generate(**run | dict(max_new_tokens=PROFILED))
-                    _synchronize(args.device)
-                counts = Counter(event.name() for event in profiled.profiler.kineto_results.events())
-                tokens = args.max_new_tokens
-                stats = getattr(out, "stats", None)
-                row = {
-                    "way": way, "ensemble": name, "temperature": temperature, "ms": 1000 * seconds / tokens,
-                    "passes": sum(stats.forward_passes) / tokens if stats else None,
-                    "launches": sum(n for key, n in counts.items() if "LaunchKernel" in key) / PROFILED,
-                    "graphs": counts["cudaGraphLaunch"] / PROFILED,
-                    "copies": sum(n for key, n in counts.items() if key.startswith("cudaMemcpy")) / PROFILED,
-                    "waits": sum(counts[key] for key in WAITS) / PROFILED,
-                    "member_ms": 1000 * sum(stats.member_seconds) / tokens if stats else None,
-                }  # fmt: skip
-                rows.append(row)
-                passes = "" if row["passes"] is None else f"{row['passes']:.2f}"
-                outside = "" if row["member_ms"] is None else f"{row['ms'] - row['member_ms']:.2f}"
-                print(
-                    f"| {way} | {name}, T = {temperature} | {row['ms']:.2f} | {passes} | {row['launches']:.0f} | "
-                    f"{row['graphs']:.2f} | {row['copies']:.1f} | {row['waits']:.1f} | {outside} |", flush=True,
-                )  # fmt: skip
+    print("| passes | ensemble | " + " | ".join(FIGURES) + " |")
+    print("|" + "---|" * (2 + len(FIGURES)))
+    for (way, caches), temperature, speculative in product(ways.items(), (0, 1), (False, True)):
+        run = partial(
+            decode, models, args, **caches, do_sample=temperature > 0,
+            ensemble_config=se.EnsembleConfig(speculative=speculative),
+        )  # fmt: skip
+        for seed in range(2):  # warms up
+            run(args.max_new_tokens, seed)
+        out, seconds = run(args.max_new_tokens, 5)
+        few, more = (launched(partial(run, tokens, 5)) for tokens in PROFILED)
+        each = {name: (more[name] - few[name]) / (PROFILED[1] - PROFILED[0]) for name in more}
+        name = f"{'speculative' if speculative else 'standard'}, T = {temperature}"
+        row = {
+            "way": way, "ensemble": name, "ms a token": 1000 * seconds / args.max_new_tokens,
+            "passes a token": sum(out.stats.forward_passes) / args.max_new_tokens, **each,
+            "ms in passes": 1000 * sum(out.stats.member_seconds) / args.max_new_tokens,
+        }  # fmt: skip
+        if not speculative:
+            del row["ms in passes"]  # transformers' own loop, which is not told apart
+        rows.append(row)
+        figures = [f"{row[key]:.1f}" if key in row else "" for key in FIGURES]
+        print(f"| {way} | {name} | " + " | ".join(figures) + " |", flush=True)
     return rows
+
+
+def decode(models, args: argparse.Namespace, new_tokens: int, seed: int, **kwargs) -> tuple[ModelOutput, float]:
+    """The output, and the seconds that it took."""
+    torch.manual_seed(seed)
+    ids = torch.randint(3, models[0].config.vocab_size, (1, args.prompt)).to(args.device)
+    _synchronize(args.device)
+    start = time.perf_counter()
+    out = models[0].generate(
+        ids, attention_mask=torch.ones_like(ids), assistant_model=models[1:], eos_token_id=None,
+        max_new_tokens=new_tokens, return_dict_in_generate=True, **kwargs,
+    )  # fmt: skip
+    _synchronize(args.device)
+    return out, time.perf_counter() - start
+
+
+def launched(call: Callable[[], object]) -> dict[str, int]:
+    """What a call gives the GPU to do: kernels, graphs, copies to and from the CPU, and how often the CPU waits."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=False) as profiled:
+        call()
+    counts = Counter(event.name() for event in profiled.profiler.kineto_results.events())
+    return {
+        "launches": sum(n for name, n in counts.items() if "LaunchKernel" in name),
+        "graphs": counts["cudaGraphLaunch"],
+        "copies": sum(n for name, n in counts.items() if name.startswith(("Memcpy HtoD", "Memcpy DtoH"))),
+        "waits": sum(counts[name] for name in WAITS),
+    }
 
 
 def _synchronize(device: str) -> None:
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def main() -> None:
     args = parse_arguments()
-    rows = {"passes": passes, "launches": launches}[args.what](args)
+    rows = {"passes": measure_passes, "launches": count_launches}[args.what](args)
     if args.out is not None:
         args.out.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """What only a GPU has: CUDA graphs, members on several devices, half precision as it is computed there."""
 
 import copy
+import os
 
 import oracle
 import pytest
@@ -12,7 +13,10 @@ import hf_spec_ensemble as se
 
 
 GPU = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.skipif("HF_SPEC_ENSEMBLE_TEST_DEVICE" in os.environ, reason="compares with models on the CPU"),
+]
 
 PROMPT = 7  # tokens of the longest prompt of a batch
 STATIC = dict(cache_implementation="static", max_cache_len=100)  # with CUDA graphs, unless these are disabled
@@ -41,13 +45,13 @@ def texts(*args, **kwargs):
 
 
 def assert_same_but_for_ties(both, length, tie):
-    """Texts agree to where, if anywhere, the best two tokens are as good as equally probable."""
+    """Texts agree to where, if anywhere, two tokens are about as probable."""
     for row in range(len(both[0].sequences)):
         pairs = zip(*(out.sequences[row, length:].tolist() for out in both))
         at = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
         if at is not None:
-            best, second = both[0].scores[at][row].topk(2).values
-            assert best - second < tie, (row, at)
+            scores, token = both[0].scores[at][row], both[1].sequences[row, length + at]
+            assert scores.max() - scores[token] < tie, (row, at)
 
 
 @pytest.mark.parametrize("name", ["weighted", "product", "contrastive", "callable"])
@@ -128,6 +132,7 @@ def test_one_member_on_the_gpu(order, draw):
             got = texts(models, prompts(batch), draw, settings)
             if draw != "maximal":
                 assert got == texts(members(), prompts(batch), draw, settings)
+            assert len(got) == batch  # which is all that a maximal coupling can be asked for
     if draw != "maximal":
         for drafter in ("prompt_lookup", on_gpu()[0], members()[0]):
             assert texts(models, prompts(1), draw, drafter=drafter) == texts(members(), prompts(1), draw)
