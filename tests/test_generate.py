@@ -478,7 +478,7 @@ def test_vocabularies_padded_to_different_sizes(speculative, caplog):
 def test_right_padding_warns_as_in_transformers(pair, caplog):
     inputs = {key: value.flip(1) for key, value in prompts(3).items()}
     logging.getLogger("transformers").propagate = True
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         pair[0].generate(**inputs, assistant_model=pair[1], ensemble_config=ensemble(), **GREEDY)
     assert any("right-padding was detected" in record.message for record in caplog.records)
 
