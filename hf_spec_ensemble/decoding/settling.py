@@ -193,14 +193,14 @@ class Enough:
         if key not in known:
             if len(known) > KNOWN:
                 known.clear()
-            known[key] = self._leads(members, row, j)
+            known[key] = self._leads(members, row, j, have)
             count, hits = self._counts.get(have, (0, 0))
             self._counts[have] = count + 1, hits + known[key]
         return known[key]
 
-    def _leads(self, members: Sequence[MemberScores], row: int, j: int) -> bool:
-        """Whether the members that have not scored a position could not change its token."""
-        others = sum(weight for weight, one in zip(self.weights, members) if one.evidence.count(row) <= j)
+    def _leads(self, members: Sequence[MemberScores], row: int, j: int, have: tuple[bool, ...]) -> bool:
+        """Whether the members that do not `have` scored a position could not change its token."""
+        others = sum(weight for weight, has in zip(self.weights, have) if not has)
         if 2 * others >= sum(self.weights):
             return False  # whatever the lead
         first, second = greatest_two(self._sum(members, row, j))

@@ -80,11 +80,13 @@ class PassCosts:
         longer than the pass itself takes. If it took too long to be a pass's time, it is not taken for one.
         """
         samples = sorted(self._samples[batch, width])
+        if len(samples) >= ENOUGH:
+            return samples[len(samples) // 4]
         known = [w for b, w in list(self._samples) if b == batch and w < width and self.is_known(b, w)]
-        if len(samples) < ENOUGH and known:
-            narrower = self._typical(batch, max(known))
-            return samples[0] if samples[0] <= IMPLAUSIBLE * narrower * width / max(known) else narrower
-        return samples[len(samples) // 4]
+        if not known:
+            return samples[0]
+        narrower = self._typical(batch, max(known))
+        return samples[0] if samples[0] <= IMPLAUSIBLE * narrower * width / max(known) else narrower
 
     def seconds(self, batch: int, width: int) -> float | None:
         """c(w), padded where that is cheaper; `None` if nothing is known."""
