@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .. import EnsembleConfig, EnsembleDecoderOnlyOutput
 from ..config import AUTO
 from ..decoding.drafter import chosen_drafter, is_named
+from ..decoding.names import EARLIER_TEXT
 from ..tools.arguments import config_of, drafter_of, encode, locate
 from ..tools.options import add_config_arguments, add_drafter_argument
 from . import FAMILY
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 
     models, drafter = [load(name) for name in names], drafter_of(args.drafter)
     if chosen_drafter(drafter, config) is not None:
-        names.append(f"{'suffixes' if drafter == AUTO else drafter} (drafter)")
+        names.append(f"{EARLIER_TEXT if drafter == AUTO else drafter} (drafter)")
     drafter = drafter if is_named(drafter) else load(drafter)
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model))
     inputs = encode(tokenizer, args.prompt).to(args.device)
